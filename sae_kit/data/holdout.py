@@ -1,0 +1,34 @@
+"""Which documents are held out: a rule on their content alone.
+
+A document is held out iff ``blake2b(text) mod 10,000 < share * 10,000``. The rule needs no list and no
+state, so it does not depend on order, process, epoch or resume; exact duplicates fall on one side; and a
+larger share contains every smaller one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
+"""The shares that a run may choose by itself, smallest first."""
+
+WANTED_DOCUMENTS = 2_000
+"""A held-out set of this many documents is large enough: no share beyond it is needed."""
+
+
+def default_share(documents: int | None, *, streaming: bool = False) -> float:
+    """Smallest share in `SHARES` that holds out 2,000 of `documents`; the largest if none does.
+
+    A stream of unknown length (`streaming=True`) is taken to be long: the smallest share.
+    """
+    if streaming and documents is None:
+        return SHARES[0]
+    if documents is None:
+        return SHARES[-1]
+    return next((share for share in SHARES if share * documents >= WANTED_DOCUMENTS), SHARES[-1])
+
+
+def is_held_out(text: str, share: float) -> bool:
+    """Whether the document `text` belongs to the held-out share (a fraction of all documents)."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % 10_000 < share * 10_000
