@@ -1,0 +1,91 @@
+"""Sparse autoencoders on language-model activations: train, load, splice.
+
+Public names are imported when they are first used, so `import sae_kit` costs nothing and loads no torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from sae_kit._version import __version__
+
+if TYPE_CHECKING:
+    from sae_kit.architectures import (
+        GatedSAE,
+        GatedSAEConfig,
+        JumpReLUSAE,
+        JumpReLUSAEConfig,
+        StandardSAE,
+        StandardSAEConfig,
+        TopKSAE,
+        TopKSAEConfig,
+    )
+    from sae_kit.data.batch import Batch
+    from sae_kit.data.store import ActivationsStore
+    from sae_kit.hooked import HookedSAETransformer, SAETransformerBridge, attached
+    from sae_kit.metadata import SAEMetadata
+    from sae_kit.ops import SparseCodes
+    from sae_kit.registry import architectures, register
+    from sae_kit.sae import SAE, SAEConfig
+    from sae_kit.training.run import RunConfig, train
+    from sae_kit.training.trainer import SAETrainer
+
+_HOMES = {
+    "sae_kit.architectures": (
+        "GatedSAE",
+        "GatedSAEConfig",
+        "JumpReLUSAE",
+        "JumpReLUSAEConfig",
+        "StandardSAE",
+        "StandardSAEConfig",
+        "TopKSAE",
+        "TopKSAEConfig",
+    ),
+    "sae_kit.data.batch": ("Batch",),
+    "sae_kit.data.store": ("ActivationsStore",),
+    "sae_kit.hooked": ("HookedSAETransformer", "SAETransformerBridge", "attached"),
+    "sae_kit.metadata": ("SAEMetadata",),
+    "sae_kit.ops": ("SparseCodes",),
+    "sae_kit.registry": ("architectures", "register"),
+    "sae_kit.sae": ("SAE", "SAEConfig"),
+    "sae_kit.training.run": ("RunConfig", "train"),
+    "sae_kit.training.trainer": ("SAETrainer",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "SAE",
+    "ActivationsStore",
+    "Batch",
+    "GatedSAE",
+    "GatedSAEConfig",
+    "HookedSAETransformer",
+    "JumpReLUSAE",
+    "JumpReLUSAEConfig",
+    "RunConfig",
+    "SAEConfig",
+    "SAEMetadata",
+    "SAETrainer",
+    "SAETransformerBridge",
+    "SparseCodes",
+    "StandardSAE",
+    "StandardSAEConfig",
+    "TopKSAE",
+    "TopKSAEConfig",
+    "__version__",
+    "architectures",
+    "attached",
+    "register",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'sae_kit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

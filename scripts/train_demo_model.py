@@ -102,7 +102,9 @@ def main() -> None:
             save_checkpoint(args.work / "checkpoint.pt", model, optimizers, done)
         if done % 50 == 0:
             rate = 50 * args.rows * CONTEXT / (time.perf_counter() - since)
-            log.info("step %d/%d  train %.4f nats a token  lr x%.2f  %.0f tokens/s", done, steps, running / 50, factor, rate)
+            log.info(
+                "step %d/%d  train %.4f nats a token  lr x%.2f  %.0f tokens/s", done, steps, running / 50, factor, rate
+            )
             running, since = 0.0, time.perf_counter()
         if done % EVALUATE_EVERY == 0 or done == steps:
             log.info("step %d  held out: %.4f bits per byte", done, bits_per_byte(model, held_out_ids, held_out_bytes))
@@ -136,7 +138,9 @@ def train_tokenizer(documents: Sequence[str], path: Path) -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
         documents,
-        trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[BOS], initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY, special_tokens=[BOS], initial_alphabet=alphabet, show_progress=False
+        ),
     )
     tokenizer.save(str(path))
     return tokenizer
@@ -210,7 +214,9 @@ def bits_per_byte(model: LlamaForCausalLM, ids: np.ndarray, n_bytes: int) -> flo
 
 def save_checkpoint(path: Path, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer], step: int) -> None:
     temporary = path.with_suffix(".tmp")
-    torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}, temporary)
+    torch.save(
+        {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}, temporary
+    )
     temporary.replace(path)
 
 
@@ -228,7 +234,11 @@ def load_checkpoint(path: Path, model: torch.nn.Module, optimizers: Sequence[tor
 def write(model: LlamaForCausalLM, tokenizer: Tokenizer, facts: dict[str, object], out: Path) -> None:
     model.half().save_pretrained(out)
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, model_max_length=CONTEXT, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=BOS,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
     )
     wrapped.save_pretrained(out)
     (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")

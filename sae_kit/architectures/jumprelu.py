@@ -1,0 +1,150 @@
+"""JumpReLU: a learned threshold per latent, trained through kernel estimates of a step's derivative.
+
+Rajamanoharan et al. 2024 (arXiv 2407.14435); Gemma Scope (2408.05147); Anthropic, January 2025 update.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_kit.config import Tokens
+from sae_kit.errors import ConfigError
+from sae_kit.ops import to_dense
+from sae_kit.registry import register
+from sae_kit.sae import SAE, Coefficient, Encoding, SAEConfig, training_only
+
+SparsityMode = Literal["step", "quadratic", "tanh", "tanh_quad"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JumpReLUSAEConfig(SAEConfig):
+    """Latents above a learned threshold pass unchanged; the number of them is penalised directly."""
+
+    jumprelu_init_threshold: float = training_only(0.01)
+    """threshold at the start, in units of the pre-activation"""
+    jumprelu_bandwidth: float = training_only(0.05)
+    """width of the window in which the step has an estimated slope, in the same units"""
+    jumprelu_sparsity_loss_mode: SparsityMode = training_only("step")
+    """step: λ·L0; quadratic: towards target_l0; tanh, tanh_quad: smooth stand-ins for the count"""
+    l0_coefficient: float = training_only(1.0)
+    """weight of the sparsity loss"""
+    l0_warm_up_tokens: Tokens = training_only(0)
+    """the weight grows linearly over so many tokens"""
+    target_l0: float | None = training_only(None)
+    """wanted mean L0, for the quadratic mode"""
+    jumprelu_tanh_scale: float = training_only(4.0)
+    """stretch of the tanh"""
+    frequency_scale: float = training_only(0.01)
+    """tanh_quad: firing frequency beyond which the penalty grows quadratically"""
+    jumprelu_ste_to_input: bool = training_only(False)
+    """give the encoder the mirrored estimate as well"""
+    threshold_lr_factor: float = training_only(1.0)
+    """learning rate of the thresholds, relative to the rest"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.jumprelu_bandwidth <= 0:
+            raise ConfigError(f"jumprelu_bandwidth must be positive, found {self.jumprelu_bandwidth}")
+        if self.jumprelu_init_threshold < 0:
+            raise ConfigError(f"jumprelu_init_threshold must be at least 0, found {self.jumprelu_init_threshold}")
+        quadratic = self.jumprelu_sparsity_loss_mode == "quadratic"
+        if quadratic and not (self.target_l0 and 0 < self.target_l0 <= self.d_sae):
+            raise ConfigError(f"the quadratic mode needs a target_l0 in (0, {self.d_sae}], found {self.target_l0}")
+        if self.target_l0 is not None and not quadratic:
+            raise ConfigError(
+                f"target_l0 is used by the quadratic mode alone, found jumprelu_sparsity_loss_mode="
+                f"{self.jumprelu_sparsity_loss_mode!r}: set it to 'quadratic' or leave target_l0 out"
+            )
+
+    def coefficients(self) -> dict[str, Coefficient]:
+        return {"l0": Coefficient(self.l0_coefficient, self.l0_warm_up_tokens)}
+
+
+@register("jumprelu", JumpReLUSAEConfig)
+class JumpReLUSAE(SAE):
+    """c = relu(h) · 1[h > θ]. θ is a direct parameter in float32, kept at or above 0 by the trainer."""
+
+    cfg: JumpReLUSAEConfig
+    exact_dtype_tensors = SAE.exact_dtype_tensors | {"threshold"}
+    threshold: Float[Tensor, " d_sae"]
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {**super().parameter_shapes(), "threshold": (self.d_sae,)}
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        super().initialize(seed)
+        self.threshold.fill_(self.cfg.jumprelu_init_threshold)
+
+    def encoding(self, x: Float[Tensor, "... d_in"], on_pre: Callable[[Tensor], Tensor] | None = None) -> Encoding:
+        pre = self.preactivations(x)
+        pre = on_pre(pre) if on_pre else pre
+        codes = _Jump.apply(pre, self.threshold, self.cfg.jumprelu_bandwidth, self.cfg.jumprelu_ste_to_input)
+        return Encoding(codes, pre)
+
+    def sparsity_losses(
+        self, x: Float[Tensor, "batch d_in"], encoding: Encoding, coefficients: Mapping[str, float]
+    ) -> dict[str, Float[Tensor, ""]]:
+        cfg = self.cfg
+        if cfg.jumprelu_sparsity_loss_mode in ("step", "quadratic"):
+            l0 = _Step.apply(encoding.pre, self.threshold, cfg.jumprelu_bandwidth, cfg.jumprelu_ste_to_input).sum(dim=1)
+            target = cfg.target_l0
+            term = l0.mean() if target is None else 2 / target * (l0 - target).square().mean()
+        else:
+            stretched = torch.tanh(cfg.jumprelu_tanh_scale * to_dense(encoding.codes) * self.decoder_norms())
+            if cfg.jumprelu_sparsity_loss_mode == "tanh":
+                term = stretched.sum(dim=1).mean()
+            else:
+                frequency = stretched.mean(dim=0)
+                term = (frequency * (1 + frequency / cfg.frequency_scale)).sum()
+        return {"l0_loss": coefficients["l0"] * term}
+
+    def scale_latents(self, factor: Float[Tensor, " d_sae"]) -> None:
+        super().scale_latents(factor)
+        self.threshold.mul_(factor)
+
+
+class _Jump(torch.autograd.Function):
+    """J(h, θ) = relu(h)·1[h > θ]; with K the rectangle |h − θ| < ε/2 (strict): ∂J/∂θ = −(θ/ε)K, and ∂J/∂h = 1[h > θ]
+    (plus (θ/ε)K if asked). The window is symmetric and includes negative h."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, threshold: Tensor, bandwidth: float, to_input: bool) -> Tensor:
+        on = h > threshold  # compared in the wider of the two dtypes
+        ctx.save_for_backward(h, threshold)
+        ctx.bandwidth, ctx.to_input = bandwidth, to_input
+        return torch.relu(h) * on
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        h, threshold = ctx.saved_tensors
+        window = ((h - threshold).abs() < ctx.bandwidth / 2) * (threshold / ctx.bandwidth)
+        slope = (h > threshold) * (h > 0) + (window if ctx.to_input else 0.0)
+        return (grad * slope).to(h.dtype), -_sum_to(grad * window, threshold), None, None
+
+
+class _Step(torch.autograd.Function):
+    """H(h, θ) = 1[h > θ]; ∂H/∂θ = −K/ε, and ∂H/∂h = K/ε only if asked."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, threshold: Tensor, bandwidth: float, to_input: bool) -> Tensor:
+        ctx.save_for_backward(h, threshold)
+        ctx.bandwidth, ctx.to_input = bandwidth, to_input
+        return (h > threshold).to(threshold.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        h, threshold = ctx.saved_tensors
+        flow = grad * ((h - threshold).abs() < ctx.bandwidth / 2) / ctx.bandwidth
+        return flow.to(h.dtype) if ctx.to_input else None, -_sum_to(flow, threshold), None, None
+
+
+def _sum_to(grad: Tensor, threshold: Tensor) -> Tensor:
+    """Sum over all leading dimensions: every row moves the same threshold."""
+    return grad.reshape(-1, threshold.shape[0]).sum(dim=0).to(threshold.dtype)

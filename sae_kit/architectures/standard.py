@@ -1,0 +1,68 @@
+"""ReLU with an L1 penalty (Cunningham et al. 2023, arXiv 2309.08600; Bricken et al. 2023)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_kit.config import Tokens
+from sae_kit.errors import ConfigError
+from sae_kit.ops import to_dense
+from sae_kit.registry import register
+from sae_kit.sae import SAE, Coefficient, Encoding, SAEConfig, training_only
+
+LP_OFFSET = 1e-3  # bounds the slope of x^p at 0 for p < 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandardSAEConfig(SAEConfig):
+    """ReLU latents, penalised by the length of their contributions."""
+
+    l1_coefficient: float = training_only(1.0)
+    """weight of the sparsity penalty"""
+    lp_norm: float = training_only(1.0)
+    """p of the penalty; 1 is the usual L1"""
+    l1_warm_up_tokens: Tokens = training_only(0)
+    """the penalty grows linearly over so many tokens"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lp_norm <= 0:
+            raise ConfigError(f"lp_norm must be positive, found {self.lp_norm}")
+
+    def coefficients(self) -> dict[str, Coefficient]:
+        return {"l1": Coefficient(self.l1_coefficient, self.l1_warm_up_tokens)}
+
+
+@register("standard", StandardSAEConfig)
+class StandardSAE(SAE):
+    """c = relu(h); loss λ · E_b ‖c ⊙ n‖_p with n_i = ‖W_dec[i]‖.
+
+    The norm takes part with its gradient: that is what keeps the decoder from growing while the codes shrink.
+    """
+
+    cfg: StandardSAEConfig
+
+    def encoding(self, x: Float[Tensor, "... d_in"], on_pre: Callable[[Tensor], Tensor] | None = None) -> Encoding:
+        pre = self.preactivations(x)
+        pre = on_pre(pre) if on_pre else pre
+        return Encoding(torch.relu(pre), pre)
+
+    def sparsity_losses(
+        self, x: Float[Tensor, "batch d_in"], encoding: Encoding, coefficients: Mapping[str, float]
+    ) -> dict[str, Float[Tensor, ""]]:
+        penalty = lp_penalty(to_dense(encoding.codes) * self.decoder_norms(), self.cfg.lp_norm)
+        return {"l1_loss": coefficients["l1"] * penalty.mean()}
+
+
+def lp_penalty(lengths: Float[Tensor, "batch d_sae"], p: float) -> Float[Tensor, " batch"]:
+    """‖row‖_p of non-negative rows; for p < 1, Σ (w + ε)^p − ε^p, which is 0 at 0 and has a bounded slope."""
+    if p == 1:
+        return lengths.sum(dim=1)
+    if p > 1:
+        # A row of zeros has no gradient, but the root's slope there is infinite: keep it out of the graph.
+        total = lengths.pow(p).sum(dim=1)
+        return torch.where(total > 0, total, 1.0).pow(1 / p) * (total > 0)
+    return ((lengths + LP_OFFSET).pow(p) - LP_OFFSET**p).sum(dim=1)

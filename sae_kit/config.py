@@ -1,0 +1,219 @@
+"""Config trees as plain data: frozen dataclasses <-> dicts <-> JSON and YAML, strictly.
+
+Three functions carry the whole library: `structure` builds a dataclass from nested dicts and says where a
+value is wrong ("train.tokens: expected int or str, found list"), `unstructure` is its inverse, `load_tree`
+reads a file. Nothing is coerced but what JSON and YAML cannot express: lists become tuples, and an int is
+welcome where a float is expected. A class that has to choose among several (an SAE config by its
+architecture) defines `from_dict`/`to_dict`, and both functions use them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, cast
+
+from sae_kit.errors import ConfigError, UnknownConfigKeyError, did_you_mean
+
+T = TypeVar("T")
+
+Tokens = int | str
+"""A number of tokens (int), or a share of the run's budget (`"5%"`)."""
+
+
+def resolve_tokens(value: Tokens, total: int, field: str) -> int:
+    """`value` in tokens, where `"5%"` is a share of `total`; `field` names it in errors.
+
+    Raises:
+        ConfigError: a float (1 and 1.0 must not mean one token and all of them), a negative number, or another text.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)%", value)):
+        return round(float(match[1]) / 100 * total)
+    raise ConfigError(
+        f'{field}: expected a number of tokens (an int of at least 0) or a share such as "5%", found {value!r}'
+    )
+
+
+def structure(cls: type[T], data: object, where: str = "") -> T:
+    """Build `cls` from plain data; `where` is the path that errors name.
+
+    Raises:
+        UnknownConfigKeyError: a key that the dataclass does not have, with the nearest one that it has.
+        ConfigError: a missing key, a value of another type, or one that the class itself refuses.
+    """
+    return cast(T, _structure(cls, data, where))
+
+
+def unstructure(value: object) -> Any:
+    """Plain data (dicts, lists, numbers, strings, None) of a config tree; the inverse of `structure`."""
+    if hasattr(value, "to_dict"):
+        return cast(Any, value).to_dict()
+    return fields_to_dict(value)
+
+
+def fields_to_dict(value: object) -> Any:
+    """`unstructure` for one dataclass, without asking its `to_dict`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: unstructure(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): unstructure(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [unstructure(item) for item in value]
+    return value
+
+
+def shallow(value: object) -> dict[str, Any]:
+    """The fields of one dataclass as they are."""
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(cast(Any, value))}
+
+
+def structure_fields(cls: type[T], data: object, where: str = "") -> T:
+    """`structure` for one dataclass, without asking its `from_dict`."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{_at(where)}expected the fields of {cls.__name__}, found {data!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cast(Any, cls)) if f.init}
+    for key in data:
+        if key not in fields:
+            path = f"{where}.{key}" if where else str(key)
+            raise UnknownConfigKeyError(
+                f"unknown key {path!r} in {cls.__name__}.{did_you_mean(str(key), fields)} Known keys: {', '.join(fields)}"
+            )
+    missing = [name for name, f in fields.items() if name not in data and _required(f)]
+    if missing:
+        raise ConfigError(f"{_at(where)}{cls.__name__} needs {', '.join(missing)}")
+    values = {
+        key: _structure(hints[key], value, f"{where}.{key}" if where else str(key)) for key, value in data.items()
+    }
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        if not where:
+            raise
+        raise type(error)(f"{where}: {error}") from error
+
+
+def load_tree(path: Path | str) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file.
+
+    Raises:
+        ConfigError: no such file, not YAML or JSON, a key twice, or something other than a mapping at the top.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
+    try:
+        data = parse_json(text) if path.suffix == ".json" else _parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top, found {type(data).__name__}")
+    return data
+
+
+def parse_json(text: str) -> Any:
+    """`json.loads` that refuses a key given twice: which of the two was meant cannot be known."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        tree = dict(pairs)
+        if len(tree) != len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+        return tree
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
+def dump_yaml(tree: object) -> str:
+    """The YAML of `unstructure(tree)`, keys in the order of the fields."""
+    import yaml
+
+    return yaml.safe_dump(unstructure(tree), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _parse_yaml(text: str) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value]
+            if len(set(keys)) != len(keys):
+                raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+            return super().construct_mapping(node, deep)
+
+    # YAML 1.1 wants a dot in a float, so PyYAML reads 1e-4 as text.
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+    try:
+        return yaml.load(text, Loader)  # a SafeLoader: plain data only
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _at(where: str) -> str:
+    return f"{where}: " if where else ""
+
+
+def _structure(hint: Any, data: object, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _structure_union(arguments, data, where)
+    if hint is Any or hint is object:
+        return data
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        if isinstance(data, hint):
+            return data
+        from_dict = getattr(hint, "from_dict", None)
+        return from_dict(data, where) if from_dict else structure_fields(hint, data, where)
+    if origin is Literal:
+        if data in arguments:
+            return data
+        raise ConfigError(f"{_at(where)}expected one of {', '.join(map(repr, arguments))}, found {data!r}")
+    if origin is tuple and isinstance(data, Sequence) and not isinstance(data, str):
+        hints = [arguments[0]] * len(data) if arguments[1:] == (...,) else arguments
+        if len(hints) == len(data):
+            return tuple(
+                _structure(h, item, f"{where}[{i}]") for i, (h, item) in enumerate(zip(hints, data, strict=True))
+            )
+    if origin in (dict, Mapping) and isinstance(data, Mapping):
+        return {key: _structure(arguments[1], item, f"{where}.{key}") for key, item in data.items()}
+    if hint is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if isinstance(hint, type) and isinstance(data, hint) and (hint is bool or not isinstance(data, bool)):
+        return data
+    if hint is None and data is None:
+        return None
+    raise ConfigError(f"{_at(where)}expected {_name(hint)}, found {data!r}")
+
+
+def _structure_union(hints: tuple[Any, ...], data: object, where: str) -> Any:
+    hints = tuple(None if h is type(None) else h for h in hints)
+    nested = [h for h in hints if isinstance(h, type) and dataclasses.is_dataclass(h)]
+    if isinstance(data, Mapping) and len(nested) == 1:  # only this one can be meant, so its error is the right one
+        return _structure(nested[0], data, where)
+    for hint in hints:
+        try:
+            return _structure(hint, data, where)
+        except ConfigError:
+            continue
+    raise ConfigError(f"{_at(where)}expected {' or '.join(map(_name, hints))}, found {data!r}")
+
+
+def _name(hint: Any) -> str:
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_name(None if h is type(None) else h) for h in typing.get_args(hint))
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)

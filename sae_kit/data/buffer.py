@@ -1,0 +1,174 @@
+"""The mixing buffer: neighbouring tokens go in, unrelated tokens come out.
+
+Rows of one context are alike, so a batch of neighbours has a noisy mean. The buffer holds C rows; each batch is
+drawn uniformly from them and its places are refilled in order. Two rows of one context then share a batch of B
+with probability B / (2C - B) only, as if the window shuffled were almost twice the memory. Each row is written once, read
+once and never moved: only slot numbers are.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_kit.errors import ConfigError, ShapeError
+
+Rows = Mapping[str, Float[Tensor, "rows _"]]
+"""Site -> rows; row i of every site is the same token."""
+
+BATCHES = 128
+"""Capacity of a buffer that is sized by itself, in batches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BufferConfig:
+    """The buffer that mixes activations before they are trained on."""
+
+    tokens: int | Literal["auto"] = "auto"
+    """Capacity in tokens; auto is 128 batches, and never more than the run needs."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the stored activations; auto is the model's, bfloat16 halves the memory."""
+    mix: Literal["stream", "none"] = "stream"
+    """none gives the activations in the order of the text (tests, debugging)."""
+    drop_last: bool = True
+    """Drop a last batch that is not full; otherwise it is given as it is."""
+    norm_estimate_tokens: int = 1_000_000
+    """At most this many of the first activations are used for the statistics of normalisation."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "norm_estimate_tokens"):
+            value = getattr(self, name)
+            if value != "auto" and value < 1:
+                raise ConfigError(f"{name}: expected a positive number of tokens, found {value}")
+
+    def capacity(self, batch_tokens: int, train_tokens: int | None = None) -> int:
+        """Rows that the buffer of a run holds.
+
+        Raises:
+            ConfigError: a size given that is under two batches, or a run that is under one.
+        """
+        if self.tokens != "auto" and self.mix == "stream" and self.tokens < 2 * batch_tokens:
+            raise ConfigError(
+                f"buffer.tokens: expected at least two batches of {batch_tokens:,}, found {self.tokens:,}; "
+                "a smaller buffer mixes nothing"
+            )
+        wanted = (
+            batch_tokens if self.mix == "none" else BATCHES * batch_tokens if self.tokens == "auto" else self.tokens
+        )
+        if train_tokens is None:
+            return wanted
+        if train_tokens < batch_tokens:
+            raise ConfigError(
+                f"train.tokens: expected at least one batch of {batch_tokens:,} tokens, found {train_tokens:,}"
+            )
+        return min(wanted, train_tokens // batch_tokens * batch_tokens)
+
+
+class MixingBuffer:
+    """`capacity` rows per site in memory that is allocated once.
+
+    `put` fills free slots; `take` draws occupied ones uniformly and frees them, so that every row leaves exactly
+    once. `shuffle=False` takes rows in the order of arrival.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        widths: Mapping[str, int],
+        *,
+        dtype: torch.dtype | Mapping[str, torch.dtype],
+        generator: torch.Generator,
+        device: torch.device | str = "cpu",
+        shuffle: bool = True,
+    ) -> None:
+        dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(widths, dtype)
+        self.capacity = capacity
+        self.count = 0
+        """Occupied slots."""
+        self._rows = {
+            site: torch.empty(capacity, width, dtype=dtypes[site], device=device) for site, width in widths.items()
+        }
+        # The numbers of all slots, first the occupied ones, then the free ones. On the CPU, as is the generator:
+        # the draw is the same on every device, and never waits for one.
+        self._slots = torch.arange(capacity, dtype=torch.int32)
+        self._generator = generator
+        self._shuffle = shuffle
+        self._untouched = True
+
+    @property
+    def free(self) -> int:
+        """Slots that `put` may still fill."""
+        return self.capacity - self.count
+
+    def put(self, rows: Rows) -> None:
+        """Copy rows into free slots.
+
+        Raises:
+            ShapeError: more rows than `free`, other sites, or a site of another width or number of rows.
+        """
+        if rows.keys() != self._rows.keys():
+            raise ShapeError(f"expected rows of {sorted(self._rows)}, found {sorted(rows)}")
+        number = len(next(iter(rows.values())))
+        if number > self.free:
+            raise ShapeError(f"{number} rows do not fit: {self.free} of {self.capacity} slots are free")
+        slots = self._slots[self.count : self.count + number].long()
+        for site, stored in self._rows.items():
+            if rows[site].shape != (number, stored.shape[1]):
+                raise ShapeError(f"expected {(number, stored.shape[1])} at {site!r}, found {tuple(rows[site].shape)}")
+            stored.index_copy_(0, slots.to(stored.device), rows[site].to(stored))
+        self.count += number
+
+    def take(self, number: int) -> dict[str, Float[Tensor, "rows _"]]:
+        """Remove `number` rows, drawn uniformly without replacement, in random order; the tensors are the caller's."""
+        if not 0 < number <= self.count:
+            raise ShapeError(f"expected to take 1 to {self.count} rows, found {number}")
+        self._untouched = False
+        slots = self._draw(number)
+        return {site: stored.index_select(0, slots.to(stored.device)) for site, stored in self._rows.items()}
+
+    def peek(self, number: int) -> dict[str, Float[Tensor, "rows _"]]:
+        """The first `number` rows that were put (fewer if there are fewer), as views that hold until the next `take`.
+
+        Raises:
+            RuntimeError: rows have been taken already, so the first ones are gone.
+        """
+        if not self._untouched:
+            raise RuntimeError("peek shows the first rows: call it before the first batch is taken")
+        return {site: stored[: min(number, self.count)] for site, stored in self._rows.items()}
+
+    def _draw(self, number: int) -> Int[Tensor, "rows"]:
+        if not self._shuffle:
+            drawn = self._slots[:number].long()
+            self._slots = self._slots.roll(-number)
+            self.count -= number
+            return drawn
+        places = _sample(self.count, number, self._generator)
+        drawn = self._slots[places]
+        # The drawn numbers change places with those at the end of the occupied part, which then becomes free.
+        edge = self.count - number
+        stays = torch.ones(number, dtype=torch.bool)
+        stays[places[places >= edge] - edge] = False
+        movers = stays.nonzero().squeeze(1) + edge
+        holes = places[places < edge]
+        self._slots[holes], self._slots[movers] = self._slots[movers], self._slots[holes]
+        self.count = edge
+        return drawn.long()
+
+
+def _sample(population: int, number: int, generator: torch.Generator) -> Int[Tensor, "number"]:
+    """`number` distinct integers below `population`, every arrangement equally likely; O(number) for small shares."""
+    if 4 * number > population:
+        return torch.randperm(population, generator=generator)[:number]
+    while True:
+        # Independent draws without their repetitions are a sample without replacement. Repetitions are under
+        # number / population of the draws, so one surplus of half is practically always enough.
+        draws = torch.randint(population, (number + number // 2 + 8,), generator=generator)
+        values, origin = draws.sort(stable=True)
+        first = torch.ones_like(values, dtype=torch.bool)
+        first[1:] = values[1:] != values[:-1]
+        kept = origin[first].sort().values
+        if len(kept) >= number:
+            return draws[kept[:number]]

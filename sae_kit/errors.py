@@ -1,0 +1,94 @@
+"""Every error that sae_kit raises on purpose.
+
+    SAEKitError
+    ├── ConfigError (ValueError)            a value, or a combination of values, that cannot be built
+    │   ├── UnknownConfigKeyError           a key that the config does not have
+    │   └── UnknownArchitectureError        a name that is not in the registry
+    ├── ShapeError (ValueError)             activations of the wrong width or layout
+    ├── HookNotFoundError (KeyError)        a name that is not a place in this model
+    ├── SiteDidNotFireError (RuntimeError)  a place that the forward pass never reached
+    ├── DataError (ValueError)              text or tokens that cannot be trained on
+    ├── NonFiniteError (RuntimeError)       training diverged
+    ├── FileFormatError (ValueError)        a file that is not what it says
+    │   ├── CorruptFileError                torn, truncated, or inconsistent with its config
+    │   ├── FormatTooNewError               written by a later sae_kit
+    │   └── UnsupportedError                well-formed, but nothing here computes it rightly
+    └── OutputExistsError (FileExistsError) a folder that would have been overwritten
+
+Each message says what was expected, what was found and what to do. The built-in base lets a caller
+catch them without importing this module.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SAEKitError(Exception):
+    """Base of all errors of sae_kit."""
+
+
+class ConfigError(SAEKitError, ValueError):
+    """A value, or a combination of values, that cannot be built."""
+
+
+class UnknownConfigKeyError(ConfigError):
+    """A key that the config does not have."""
+
+
+class UnknownArchitectureError(ConfigError):
+    """An architecture that is not in the registry."""
+
+
+class ShapeError(SAEKitError, ValueError):
+    """Activations of the wrong width or layout."""
+
+
+class HookNotFoundError(SAEKitError, KeyError):
+    """A name that is not a place in this model."""
+
+    def __str__(self) -> str:  # KeyError would show the repr of the message
+        return str(self.args[0]) if self.args else ""
+
+
+class SiteDidNotFireError(SAEKitError, RuntimeError):
+    """A place that the forward pass never reached."""
+
+
+class DataError(SAEKitError, ValueError):
+    """Text or tokens that cannot be trained on."""
+
+
+class NonFiniteError(SAEKitError, RuntimeError):
+    """Training diverged: losses or gradients stayed infinite or not a number."""
+
+
+class FileFormatError(SAEKitError, ValueError):
+    """A file that is not what it says it is."""
+
+
+class CorruptFileError(FileFormatError):
+    """A file that is torn, truncated, or inconsistent with its config."""
+
+
+class FormatTooNewError(FileFormatError):
+    """A file written by a later version of sae_kit."""
+
+
+class UnsupportedError(FileFormatError):
+    """A well-formed file whose meaning nothing here computes rightly."""
+
+
+class OutputExistsError(SAEKitError, FileExistsError):
+    """A folder that would have been overwritten."""
+
+
+class UnknownScaleWarning(UserWarning):
+    """A file says that activations are to be scaled, but not by how much."""
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"` for the nearest of `candidates`, or an empty string if none is near."""
+    near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""

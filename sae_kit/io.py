@@ -1,0 +1,353 @@
+"""One SAE <-> one folder: `cfg.json` + `sae_weights.safetensors`, the layout that the field already reads.
+
+The folder holds two more files when there is something to say: `sparsity.safetensors` (log10 firing frequency, as
+SAELens writes it) and `sae_kit.safetensors` (counters that no forward pass needs). An SAE whose scale is folded is
+self-sufficient: SAELens computes the same outputs from it. One with an unfolded scale (a checkpoint of a run)
+carries the scale as a tensor, which makes SAELens refuse it rather than compute something else.
+
+Files are data: JSON and safetensors, checked against each other before a tensor is read; never unpickled.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sae_kit import config as trees
+from sae_kit._version import __version__
+from sae_kit.errors import (
+    ConfigError,
+    CorruptFileError,
+    FormatTooNewError,
+    SAEKitError,
+    UnknownConfigKeyError,
+    UnknownScaleWarning,
+    did_you_mean,
+)
+from sae_kit.metadata import SAE_LENS_COMPATIBILITY, SAEMetadata
+from sae_kit.registry import get_architecture
+from sae_kit.sae import SAE, SAEConfig
+
+FORMAT = 1
+CONFIG, WEIGHTS, SPARSITY, EXTRAS = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "sae_kit.safetensors"
+LARGEST_CONFIG = 16 * 2**20  # bytes
+STAMP = ("format", "version", "created", "geometry", "pair")
+COUNTERS = ("firing_count", "tokens_since_fired", "tokens_seen")
+SHARED_FIELDS = (
+    "d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations", "reshape_activations", "metadata"
+)  # fmt: skip
+DEFAULTS_WHEN_ABSENT = {"k": 100, "rescale_acts_by_decoder_norm": False}
+"""what a file means that leaves a field out, where that differs from our own default"""
+SAELENS_TRAINING_KEYS = frozenset(
+    ["decoder_init_norm", "l1_coefficient", "lp_norm", "l1_warm_up_steps", "l0_coefficient", "l0_warm_up_steps", "pre_act_loss_coefficient", "target_l0", "jumprelu_init_threshold", "jumprelu_bandwidth", "jumprelu_sparsity_loss_mode", "jumprelu_tanh_scale", "use_sparse_activations", "aux_loss_coefficient", "topk_threshold_lr", "matryoshka_widths", "use_matryoshka_aux_loss"]
+)
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def save(sae: SAE, folder: Path) -> Path:
+    """Write `sae` into `folder`, atomically; an SAE that is already there is replaced.
+
+    Raises:
+        SAEKitError: a tensor holds NaN or infinity; nothing is written.
+        OSError: the folder cannot be written.
+    """
+    weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in _forward_tensors(sae).items()}
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise SAEKitError(f"refusing to save: {name} holds NaN or infinite values")
+    pair = _hash(weights)
+    with _folder_to_write(folder) as new:
+        save_file(weights, new / WEIGHTS, metadata={"pair": pair})
+        if sae.tokens_seen > 0:
+            frequency = sae.firing_count.double() / sae.tokens_seen
+            save_file({"sparsity": torch.log10(frequency + 1e-10).float().cpu()}, new / SPARSITY)
+            counters = {name: getattr(sae, name).cpu().contiguous() for name in COUNTERS}
+            save_file(counters, new / EXTRAS)
+        text = json.dumps(_config_to_file(sae, pair), indent=2, ensure_ascii=False, allow_nan=False)
+        (new / CONFIG).write_text(text + "\n", encoding="utf-8")
+    return folder
+
+
+def _forward_tensors(sae: SAE) -> dict[str, Tensor]:
+    """What a forward pass reads: parameters and statistics, not counters."""
+    return {name: tensor for name, tensor in sae.state_dict().items() if name not in COUNTERS}
+
+
+def _is_training_form(cfg: SAEConfig) -> bool:
+    return (cfg.normalize_activations or "none") == "expected_average_only_in"
+
+
+def _config_to_file(sae: SAE, pair: str) -> dict[str, Any]:
+    cfg = sae.cfg if _is_training_form(sae.cfg) else sae.cfg.for_inference()
+    training_only = {f.name for f in dataclasses.fields(cfg) if f.metadata.get("training_only")}
+    values = trees.fields_to_dict(cfg)
+    own = [name for name in values if name not in SHARED_FIELDS and name not in training_only]
+    names = [*SHARED_FIELDS, *own, *(sorted(training_only) if _is_training_form(cfg) else ())]
+    metadata = cfg.metadata
+    stamp = {
+        "format": FORMAT,
+        "version": __version__,
+        "created": datetime.now(UTC).date().isoformat(),
+        "geometry": {
+            **_plain_geometry(cfg),
+            "hook_names": [metadata.hook_name] if metadata.hook_name else [],
+            "hook_names_out": [metadata.hook_name_out] if metadata.hook_name_out else [],
+        },
+        "pair": pair,
+    }
+    values |= {
+        "dtype": str(sae.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "normalize_activations": cfg.normalize_activations or "none",
+        "metadata": {
+            **metadata.to_dict(),
+            "sae_lens_version": SAE_LENS_COMPATIBILITY,
+            "sae_lens_training_version": None,
+            "sae_kit": {**metadata.extra.get("sae_kit", {}), **stamp},
+        },
+    }
+    return {"architecture": cfg.architecture, **{name: values[name] for name in names}}
+
+
+def _plain_geometry(cfg: SAEConfig) -> dict[str, Any]:
+    return {"in_shape": [cfg.d_in], "out_shape": None, "skip": False, "cross_layer": False}
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _folder_to_write(folder: Path) -> Iterator[Path]:
+    """A new sibling that takes the place of `folder` when the block ends well, and vanishes when it does not.
+
+    `cfg.json` is what makes a folder readable, so in an existing folder it is replaced last.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = folder.parent / f".{folder.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    new.mkdir()
+    try:
+        yield new
+        written = sorted(new.iterdir(), key=lambda path: (path.name == CONFIG, path.name))
+        for path in written:
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        if not folder.exists():
+            os.replace(new, folder)
+            return
+        for name in (SPARSITY, EXTRAS):  # of the SAE that was here; the new one may have none
+            if not (new / name).exists():
+                (folder / name).unlink(missing_ok=True)
+        for path in written:
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def load(
+    folder: Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | None = None,
+    strict: bool = True,
+    verify: bool = False,
+) -> SAE:
+    """The SAE in `folder`.
+
+    `dtype=None` keeps the file's dtype; thresholds and statistics stay in full precision whatever it is. `strict=False` moves
+    config keys that nobody knows to the metadata, with a warning. `verify=True` recomputes the hash of the weights.
+
+    Raises:
+        FileNotFoundError: there is no SAE in the folder.
+        CorruptFileError: config and weights do not belong together, or one of them is torn; every wrong tensor is named.
+        FormatTooNewError, UnknownArchitectureError, UnknownConfigKeyError, ConfigError: the config is not understood.
+    """
+    cfg, stamp = _read_config(folder, strict)
+    if dtype is not None:
+        cfg = trees.structure_fields(type(cfg), {**trees.shallow(cfg), "dtype": dtype})
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"no {WEIGHTS} beside {folder / CONFIG}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            cfg = _with_known_scale(cfg, header, folder)
+            with torch.device("meta"):
+                sae = get_architecture(cfg.architecture).sae(cfg)
+            _check_header(sae, header, path)
+            _check_pair((file.metadata() or {}).get("pair"), stamp.get("pair"), path)
+            tensors = {name: file.get_tensor(name) for name in header}
+    except SafetensorError as error:
+        raise CorruptFileError(
+            f"{path} cannot be read as safetensors ({error}): it is truncated or not such a file"
+        ) from error
+    if verify and "pair" in stamp and _hash(tensors) != stamp["pair"]:
+        raise CorruptFileError(f"{path}: the weights are not those that were written (hash differs from the config's)")
+    targets = {name: _forward_tensors(sae)[name].dtype for name in tensors}
+    sae.load_state_dict(
+        {name: tensor.to(device=device, dtype=targets[name]) for name, tensor in tensors.items()}
+        | _counters(sae, folder, device),
+        assign=True,
+    )
+    sae.cfg = dataclasses.replace(sae.cfg, device=str(device))
+    return sae
+
+
+def load_config(folder: Path, *, strict: bool = True) -> SAEConfig:
+    """The config in `folder`; no weights are read. Errors as in `load`."""
+    return _read_config(folder, strict)[0]
+
+
+def _read_config(folder: Path, strict: bool) -> tuple[SAEConfig, dict[str, Any]]:
+    """Config and our own stamp (format, version, pair ...), which is empty in files of others."""
+    path = folder / CONFIG
+    if not path.is_file():
+        found = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
+        raise FileNotFoundError(f"no SAE in {folder}: expected {CONFIG} and {WEIGHTS}, found {found or 'nothing'}")
+    if path.stat().st_size > LARGEST_CONFIG:
+        raise CorruptFileError(f"{path} is larger than {LARGEST_CONFIG // 2**20} MiB: that is not the config of an SAE")
+    try:
+        data = trees.parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptFileError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(data, dict) or "architecture" not in data:
+        raise CorruptFileError(f"{path}: expected a mapping with the key 'architecture'")
+    return _config_from_file(data, path, strict)
+
+
+def _config_from_file(data: dict[str, Any], path: Path, strict: bool) -> tuple[SAEConfig, dict[str, Any]]:
+    found = SAEMetadata.from_dict(data.get("metadata") or {}, f"{path}: metadata")
+    found.extra.pop("sae_lens_version", None), found.extra.pop("sae_lens_training_version", None)
+    ours = found.extra.pop("sae_kit", None)
+    stamp, kept = _split_stamp(ours, path)
+    if kept:
+        found.extra["sae_kit"] = kept
+    cls = get_architecture(data["architecture"]).config
+    names = {f.name for f in dataclasses.fields(cls)}
+    fields = {key: value for key, value in data.items() if key not in ("architecture", "metadata")}
+    missing = [name for name in ("d_in", "d_sae", "dtype") if name not in fields]
+    if missing:
+        raise CorruptFileError(f"{path} lacks {', '.join(missing)}")
+    fields["dtype"] = str(fields["dtype"]).removeprefix("torch.")
+    fields["device"] = "cpu"
+    fields |= {key: value for key, value in DEFAULTS_WHEN_ABSENT.items() if key in names and key not in fields}
+    if ours is None:
+        training = {key: fields.pop(key) for key in list(fields) if key in SAELENS_TRAINING_KEYS}
+        found.training_architecture_details = found.training_architecture_details or training or None
+    unknown = [key for key in fields if key not in names]
+    if unknown and strict:
+        hints = "; ".join(f"{key!r}{'.' + hint if (hint := did_you_mean(key, names)) else ''}" for key in unknown)
+        raise UnknownConfigKeyError(
+            f"{path}: unknown keys {hints}. strict=False loads the file and keeps them as metadata"
+        )
+    if unknown:
+        warnings.warn(
+            f"{path}: keys that nobody here knows were moved to the metadata: {', '.join(unknown)}", stacklevel=2
+        )
+        found.extra |= {key: fields.pop(key) for key in unknown}
+    try:
+        cfg = trees.structure_fields(cls, {**fields, "metadata": found})
+    except ConfigError as error:
+        raise type(error)(f"{path}: {error}") from error
+    _check_geometry(stamp.get("geometry"), cfg, path)
+    return cfg, stamp
+
+
+def _split_stamp(ours: object, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Facts about the file, and facts about the SAE (folds, origin) that it keeps when it is saved again."""
+    if ours is None:
+        return {}, {}
+    if not isinstance(ours, dict) or not isinstance(version := ours.get("format"), int):
+        raise CorruptFileError(f"{path}: metadata.sae_kit needs an integer format, found {ours!r}")
+    if version > FORMAT:
+        raise FormatTooNewError(
+            f"{path}: written by format {version}, this sae_kit reads up to {FORMAT}: upgrade sae_kit"
+        )
+    return {k: v for k, v in ours.items() if k in STAMP}, {k: v for k, v in ours.items() if k not in STAMP}
+
+
+def _check_geometry(geometry: object, cfg: SAEConfig, path: Path) -> None:
+    if isinstance(geometry, dict):
+        wrong = [key for key, value in _plain_geometry(cfg).items() if geometry.get(key, value) != value]
+        if wrong:
+            raise CorruptFileError(
+                f"{path}: metadata.sae_kit.geometry contradicts architecture {cfg.architecture!r} in {', '.join(wrong)}"
+            )
+
+
+def _with_known_scale(cfg: SAEConfig, header: Mapping[str, object], folder: Path) -> SAEConfig:
+    """`expected_average_only_in` without the scale is the file of another library, which leaves it to the caller."""
+    if not _is_training_form(cfg) or "norm_in.scale" in header:
+        return cfg
+    warnings.warn(
+        f"{folder}: trained on activations times a factor that the file does not hold; raw activations are used as they are. "
+        "If you know the factor, multiply the input of encode by it",
+        UnknownScaleWarning,
+        stacklevel=3,
+    )
+    return dataclasses.replace(cfg, normalize_activations="none")
+
+
+def _check_header(sae: SAE, header: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in _forward_tensors(sae).items()}
+    problems = [f"missing {name} {list(expected[name])}" for name in expected if name not in header]
+    problems += [f"unexpected {name} {list(header[name])}" for name in header if name not in expected]
+    problems += [
+        f"{name} is {list(header[name])}, the config implies {list(shape)}"
+        for name, shape in expected.items()
+        if name in header and header[name] != shape
+    ]
+    if problems:
+        raise CorruptFileError(
+            f"{path} does not hold a {sae.cfg.architecture} SAE as its config describes: {'; '.join(sorted(problems))}"
+        )
+
+
+def _check_pair(stored: str | None, expected: str | None, path: Path) -> None:
+    if stored is not None and expected is not None and stored != expected:
+        raise CorruptFileError(
+            f"{path} and {CONFIG} were not written together: an interrupted copy or save left one of them old"
+        )
+
+
+def _counters(sae: SAE, folder: Path, device: str | torch.device) -> dict[str, Tensor]:
+    """Counters of training where the folder has them, zeros otherwise."""
+    counters = {name: torch.zeros_like(getattr(sae, name), device=device) for name in COUNTERS}
+    path = folder / EXTRAS
+    if not path.is_file():
+        return counters
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            stored = {name: file.get_tensor(name) for name in counters if name in file.keys()}
+    except SafetensorError as error:
+        raise CorruptFileError(
+            f"{path} cannot be read as safetensors ({error}): delete it to load without counters"
+        ) from error
+    for name, tensor in stored.items():
+        if tensor.shape != counters[name].shape or tensor.dtype != torch.int64:
+            raise CorruptFileError(
+                f"{path}: expected {name} as int64 {list(counters[name].shape)}, found {list(tensor.shape)}"
+            )
+    return counters | {name: tensor.to(device) for name, tensor in stored.items()}
