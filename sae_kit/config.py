@@ -9,9 +9,13 @@ architecture) defines `from_dict`/`to_dict`, and both functions use them.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import itertools
 import json
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -138,6 +142,25 @@ def dump_yaml(tree: object) -> str:
     import yaml
 
     return yaml.safe_dump(unstructure(tree), sort_keys=False, allow_unicode=True, width=120)
+
+
+def parse_scalar(text: str) -> Any:
+    """The value of a command-line argument: `32`, `1e-4`, `true`, `none`, `[1, 2]`, or text."""
+    return None if text in ("none", "None") else _parse_yaml(text)
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The line of documentation under each field of a dataclass and of its bases."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+            body = cast(ast.ClassDef, definition).body
+            for statement, after in itertools.pairwise(body):
+                match statement, after:
+                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                        docs[name] = " ".join(text.split())
+    return docs
 
 
 def _parse_yaml(text: str) -> Any:

@@ -52,7 +52,25 @@ SHARED_FIELDS = (
 DEFAULTS_WHEN_ABSENT = {"k": 100, "rescale_acts_by_decoder_norm": False}
 """what a file means that leaves a field out, where that differs from our own default"""
 SAELENS_TRAINING_KEYS = frozenset(
-    ["decoder_init_norm", "l1_coefficient", "lp_norm", "l1_warm_up_steps", "l0_coefficient", "l0_warm_up_steps", "pre_act_loss_coefficient", "target_l0", "jumprelu_init_threshold", "jumprelu_bandwidth", "jumprelu_sparsity_loss_mode", "jumprelu_tanh_scale", "use_sparse_activations", "aux_loss_coefficient", "topk_threshold_lr", "matryoshka_widths", "use_matryoshka_aux_loss"]
+    [
+        "decoder_init_norm",
+        "l1_coefficient",
+        "lp_norm",
+        "l1_warm_up_steps",
+        "l0_coefficient",
+        "l0_warm_up_steps",
+        "pre_act_loss_coefficient",
+        "target_l0",
+        "jumprelu_init_threshold",
+        "jumprelu_bandwidth",
+        "jumprelu_sparsity_loss_mode",
+        "jumprelu_tanh_scale",
+        "use_sparse_activations",
+        "aux_loss_coefficient",
+        "topk_threshold_lr",
+        "matryoshka_widths",
+        "use_matryoshka_aux_loss",
+    ]
 )
 
 

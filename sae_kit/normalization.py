@@ -7,7 +7,7 @@ import math
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 NormalizationMode = Literal["none", "expected_average_only_in"]
@@ -20,6 +20,7 @@ class Normalization(nn.Module):
     """
 
     scale: Float[Tensor, ""]
+    rows: Int[Tensor, ""]
 
     def __init__(self, mode: NormalizationMode, width: int) -> None:
         super().__init__()
@@ -27,6 +28,7 @@ class Normalization(nn.Module):
         self.width = width
         if mode != "none":
             self.register_buffer("scale", torch.ones((), dtype=torch.float32))
+            self.register_buffer("rows", torch.zeros((), dtype=torch.int64))
 
     def forward(self, u: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
         """Raw activations to training space."""
@@ -35,6 +37,11 @@ class Normalization(nn.Module):
     def inverse(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
         """Training space to raw activations."""
         return x if self.mode == "none" else x / self.scale.to(x.dtype)
+
+    @property
+    def needs_estimate(self) -> bool:
+        """Whether the statistics are still those of no data at all."""
+        return self.mode != "none" and self.rows.item() == 0
 
     @torch.no_grad()
     def estimate(self, rows: Float[Tensor, "rows width"], chunk: int = 65_536) -> None:
@@ -46,3 +53,4 @@ class Normalization(nn.Module):
         )
         mean_norm = total / len(rows)
         self.scale.fill_(math.sqrt(self.width) / max(mean_norm, 1e-12))
+        self.rows.fill_(len(rows))

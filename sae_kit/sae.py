@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -106,7 +106,7 @@ class SAEConfig(ABC):
         """A freshly initialised SAE of this architecture."""
         return get_architecture(self.architecture).sae(self, seed=seed)
 
-    def for_inference(self) -> Self:
+    def for_inference(self) -> "SAEConfig":
         """The same config with the fields that only shape training moved to `metadata.training_architecture_details`."""
         fields = [f for f in dataclasses.fields(self) if f.metadata.get("training_only")]
         metadata = copy.deepcopy(self.metadata)
@@ -329,7 +329,7 @@ class SAE(nn.Module, ABC):
     # ---- folds -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def fold_decoder_norm(self) -> Self:
+    def fold_decoder_norm(self) -> "SAE":
         """Give every decoder row norm 1 and its latent the scale, in place: the output is unchanged, codes become c·n.
 
         Raises:
@@ -350,7 +350,7 @@ class SAE(nn.Module, ABC):
         return self
 
     @torch.no_grad()
-    def fold_normalization(self) -> Self:
+    def fold_normalization(self) -> "SAE":
         """Move the activations' scale into the weights, in place; codes and output are unchanged.
 
         Where selection depends on decoder norms these are folded first, because the scale changes them.
@@ -410,7 +410,7 @@ class SAE(nn.Module, ABC):
 
     # ---- torch -----------------------------------------------------------------------------------------------------
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SAE":
         """`.to(bfloat16)` leaves thresholds and statistics in full precision."""
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         exact = {name: tensors[name].detach() for name in self.exact_dtype_tensors if name in tensors}

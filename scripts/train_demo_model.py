@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/demo-model"), help="checkpoint and log")
     parser.add_argument("--out", type=Path, default=Path("sae_kit/demo/model"), help="where the model is written")
-    parser.add_argument("--tokens", type=int, default=72_000_000, help="training tokens, all epochs")
+    parser.add_argument("--tokens", type=int, default=49_152_000, help="training tokens, all epochs")
     parser.add_argument("--rows", type=int, default=32, help=f"rows of {CONTEXT} tokens per step")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

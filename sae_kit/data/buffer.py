@@ -2,8 +2,8 @@
 
 Rows of one context are alike, so a batch of neighbours has a noisy mean. The buffer holds C rows; each batch is
 drawn uniformly from them and its places are refilled in order. Two rows of one context then share a batch of B
-with probability B / (2C - B) only, as if the window shuffled were almost twice the memory. Each row is written once, read
-once and never moved: only slot numbers are.
+with probability B / (2C - B) only, as if a window of almost twice the memory were shuffled. Each row is written
+once, read once and never moved: only slot numbers are.
 """
 
 from collections.abc import Mapping
@@ -139,7 +139,7 @@ class MixingBuffer:
             raise RuntimeError("peek shows the first rows: call it before the first batch is taken")
         return {site: stored[: min(number, self.count)] for site, stored in self._rows.items()}
 
-    def _draw(self, number: int) -> Int[Tensor, "rows"]:
+    def _draw(self, number: int) -> Int[Tensor, " rows"]:
         if not self._shuffle:
             drawn = self._slots[:number].long()
             self._slots = self._slots.roll(-number)
@@ -158,14 +158,14 @@ class MixingBuffer:
         return drawn.long()
 
 
-def _sample(population: int, number: int, generator: torch.Generator) -> Int[Tensor, "number"]:
+def _sample(population: int, number: int, generator: torch.Generator) -> Int[Tensor, " number"]:
     """`number` distinct integers below `population`, every arrangement equally likely; O(number) for small shares."""
     if 4 * number > population:
         return torch.randperm(population, generator=generator)[:number]
     while True:
-        # Independent draws without their repetitions are a sample without replacement. Repetitions are under
-        # number / population of the draws, so one surplus of half is practically always enough.
-        draws = torch.randint(population, (number + number // 2 + 8,), generator=generator)
+        # Independent draws without their repetitions are a sample without replacement. A quarter of the population
+        # takes 1.15 draws a number, fewer take less, so this surplus is practically always enough.
+        draws = torch.randint(population, (number + number // 4 + 64,), generator=generator)
         values, origin = draws.sort(stable=True)
         first = torch.ones_like(values, dtype=torch.bool)
         first[1:] = values[1:] != values[:-1]

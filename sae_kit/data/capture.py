@@ -7,7 +7,7 @@ model or imports its library: a TransformerLens host is known by its `hook_dict`
 | spelling | where it is looked up |
 |---|---|
 | `blocks.8.hook_resid_pre`, `blocks.8.hook_in` | HookPoints of a TransformerBridge or HookedTransformer |
-| `model.layers.8`, `model.layers.8:out`, `model.layers.8:in` | modules of any model; for a bridge, of the model it wraps |
+| `model.layers.8`, `model.layers.8:out`, `model.layers.8:in` | modules of any model; a bridge's: of what it wraps |
 | `("model.layers.8", "in")` | the same, as the pair that other libraries store |
 """
 
@@ -271,7 +271,7 @@ def load_model(cfg: ModelConfig) -> tuple[nn.Module, Any]:
             tokenizer = AutoTokenizer.from_pretrained(name, revision=cfg.revision)
         else:
             tokenizer = AutoTokenizer.from_pretrained(cfg.tokenizer)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read model {cfg.name!r} or its tokenizer: {str(error).splitlines()[0]}") from error
     return model.eval().requires_grad_(False), tokenizer
 

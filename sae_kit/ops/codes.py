@@ -1,7 +1,6 @@
 """`SparseCodes`: the few latents that are on in each row, and the operations that read nothing else."""
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ class SparseCodes:
     row_offsets: Int[Tensor, " rows_plus_1"] | None = None
 
     @classmethod
-    def from_dense(cls, acts: Float[Tensor, "... d_sae"]) -> Self:
+    def from_dense(cls, acts: Float[Tensor, "... d_sae"]) -> "SparseCodes":
         """The non-zero entries of `acts`; values keep their gradient."""
         rows = acts.reshape(-1, acts.shape[-1])
         row, index = rows.nonzero(as_tuple=True)

@@ -1,0 +1,231 @@
+"""The command line: `sae-kit train`, `sae-kit demo`, `sae-kit env`.
+
+A flag is the path of a field in the config tree, and its value is read like a value in a YAML file, so file, flags and Python meet
+in one place (`sae_kit.config.structure`), with one set of errors. Here are only argument lists and what is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sae_kit import config as trees
+from sae_kit._version import __version__
+from sae_kit.errors import ConfigError, SAEKitError, UnknownConfigKeyError, did_you_mean
+
+SHORT_FLAGS = {
+    "model": ("model.name", "language model: hub id, folder, or demo"),
+    "dataset": ("data.sources", "text: hub id, file, folder, or demo"),
+    "hook": ("saes.sae.hook", "site that is read, e.g. blocks.8.hook_resid_pre"),
+    "arch": ("saes.sae.sae.architecture", "architecture of the SAE"),
+    "tokens": ("train.tokens", "activation rows to train on"),
+}
+"""flag -> path of the field that it stands for, and its line of help"""
+SAE_PREFIX = "saes.sae.sae"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `sae-kit`; returns the exit status: 0, 2 for a clear error, 130 when interrupted."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("sae_kit").setLevel(logging.INFO)
+    parser = argparse.ArgumentParser(
+        prog="sae-kit", description="Train, evaluate and look at sparse autoencoders on language-model activations."
+    )
+    parser.add_argument("--version", action="version", version=f"sae-kit {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    demo = commands.add_parser("demo", help="train an SAE on the built-in model, offline, and show what it learned")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="root of every random generator (default: %(default)s)")
+    commands.add_parser("env", help="print versions and devices, for bug reports")
+    commands.add_parser(
+        "train", help="train SAEs from flags, or from a YAML or JSON file with overrides", add_help=False
+    )
+    given, rest = parser.parse_known_args(arguments)
+    if rest and given.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        if given.command == "demo":
+            from sae_kit.demo.run import demo as run_demo
+
+            run_demo(given.out, seed=given.seed)
+        elif given.command == "env":
+            _print_environment()
+        else:
+            _train(rest)
+    except (SAEKitError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)  # noqa: T201
+        return 130
+    return 0
+
+
+def _train(arguments: Sequence[str]) -> None:
+    from sae_kit.training.run import run
+
+    tree = parse_train(arguments)
+    from sae_kit.training.config import RunConfig
+
+    result = run(RunConfig.from_dict(tree))
+    for name in result.saes:
+        print(result.folder / "saes" / name)  # noqa: T201
+
+
+def parse_train(arguments: Sequence[str]) -> dict[str, Any]:
+    """The config tree of `sae-kit train [FILE] [FIELD=VALUE ...] [--FIELD VALUE ...]`; the last word on a field counts.
+
+    Raises:
+        UnknownConfigKeyError, ConfigError: see `sae_kit.config`.
+        SystemExit: `--help`, or arguments that are not of this form.
+    """
+    architecture = _architecture_of(arguments)
+    parser = _train_parser(architecture)
+    given, rest = parser.parse_known_args(arguments)
+    for flag in rest:
+        if flag.startswith("--"):
+            known = [option[2:] for option in parser._option_string_actions if option.startswith("--")]
+            name = flag[2:].split("=")[0]
+            raise UnknownConfigKeyError(f"unknown flag --{name}.{did_you_mean(name, known)} See sae-kit train --help")
+    files = [word for word in given.words + rest if "=" not in word]
+    if len(files) > 1:
+        raise ConfigError(f"expected one config file, found {', '.join(files)}; an override has the form FIELD=VALUE")
+    from sae_kit.training.config import expand_short_names
+
+    tree = expand_short_names(trees.load_tree(files[0])) if files else {}
+    overrides = [word.split("=", 1) for word in given.words + rest if "=" in word]
+    flags = [(name, value) for name, value in vars(given).items() if name != "words"]
+    for name, text in [*overrides, *flags]:
+        _override(tree, name, text)
+    if "sae" in tree.get("saes", {}):
+        _override(tree, f"{SAE_PREFIX}.architecture", architecture)
+    return tree
+
+
+def _override(tree: dict[str, Any], name: str, text: str) -> None:
+    path = SHORT_FLAGS[name][0] if name in SHORT_FLAGS else name
+    if path == "sae" or path.startswith("sae."):
+        path = SAE_PREFIX + path[3:]
+    value = trees.parse_scalar(text)
+    if path == "data.sources" and not isinstance(value, list):
+        value = [value]
+    *parents, last = path.split(".")
+    for key in parents:
+        child = tree.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{name}: {key} is {child!r}, not a section with fields")
+        tree = child
+    tree[last] = value
+
+
+def _architecture_of(arguments: Sequence[str]) -> str:
+    """Which architecture's flags to offer: from --arch, an override or the config file; topk if nothing says."""
+    from sae_kit.registry import get_architecture
+
+    spellings = ("arch", "sae.architecture", f"{SAE_PREFIX}.architecture")
+    for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, _, value = word.removeprefix("--").partition("=")
+        if name in spellings and (value or word.startswith("--")):
+            return get_architecture(value or after).name
+    for word in arguments:
+        if not word.startswith("-") and "=" not in word and Path(word).suffix in (".yaml", ".yml", ".json"):
+            from sae_kit.training.config import expand_short_names
+
+            sae = expand_short_names(trees.load_tree(word)).get("saes", {}).get("sae", {}).get("sae", {})
+            if isinstance(sae, dict) and "architecture" in sae:
+                return get_architecture(str(sae["architecture"])).name
+    return "topk"
+
+
+def _train_parser(architecture: str) -> argparse.ArgumentParser:
+    from sae_kit.registry import architectures
+    from sae_kit.training.config import RunConfig
+
+    parser = argparse.ArgumentParser(
+        prog="sae-kit train",
+        usage="sae-kit train [FILE.yaml] [FIELD=VALUE ...] [--FIELD VALUE ...]",
+        description="Train SAEs. A value is written as in YAML; 'none' is None; a share of the run is written '5%%'.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=120),
+    )
+    parser.add_argument(
+        "words", nargs="*", default=[], metavar="FILE or FIELD=VALUE", help="a config file, overrides of its fields"
+    )
+    short = parser.add_argument_group("a run of one SAE")
+    for flag, (path, text) in SHORT_FLAGS.items():
+        names = f": {', '.join(architectures())}" if flag == "arch" else ""
+        default = " (default: topk)" if flag == "arch" else ""
+        short.add_argument(f"--{flag}", metavar=flag.upper(), help=f"{text}{names} [{path}]{default}")
+    sae = parser.add_argument_group(f"the SAE ({architecture}; another --arch shows its own fields)")
+    _add_fields(sae, architectures()[architecture].config, "sae", leave_out=("metadata",))
+    run = parser.add_argument_group("the run")
+    for field in dataclasses.fields(RunConfig):
+        section = typing.get_type_hints(RunConfig)[field.name]
+        if dataclasses.is_dataclass(section):
+            _add_fields(
+                parser.add_argument_group(f"{field.name}: {trees.field_docs(RunConfig)[field.name]}"),
+                section,
+                field.name,
+            )
+        elif field.name != "saes":
+            _add_field(run, field.name, trees.field_docs(RunConfig).get(field.name, ""), field)
+    return parser
+
+
+def _add_fields(group: Any, cls: Any, prefix: str, leave_out: tuple[str, ...] = ()) -> None:
+    docs = trees.field_docs(cls)
+    for field in dataclasses.fields(cls):
+        if field.name not in leave_out:
+            nested = [h for h in _parts(typing.get_type_hints(cls)[field.name]) if dataclasses.is_dataclass(h)]
+            if nested and not typing.get_origin(typing.get_type_hints(cls)[field.name]) is tuple:
+                _add_fields(group, nested[0], f"{prefix}.{field.name}")
+            else:
+                _add_field(group, f"{prefix}.{field.name}", docs.get(field.name, ""), field)
+
+
+def _add_field(group: Any, name: str, text: str, field: dataclasses.Field[Any]) -> None:
+    default = "" if field.default is dataclasses.MISSING else f" (default: {_yaml(field.default)})"
+    group.add_argument(f"--{name}", dest=name, metavar="VALUE", help=f"{text}{default}".replace("%", "%%"))
+
+
+def _parts(hint: Any) -> Iterator[Any]:
+    arguments = typing.get_args(hint)
+    if not arguments:
+        yield hint
+    for argument in arguments:
+        yield from _parts(argument)
+
+
+def _yaml(value: object) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _print_environment() -> None:
+    import platform
+    from importlib import metadata
+
+    import torch
+
+    lines = [f"sae-kit {__version__}", f"python {platform.python_version()} on {platform.platform()}"]
+    for package in ("torch", "transformer-lens", "transformers", "datasets", "huggingface_hub", "safetensors", "wandb"):
+        try:
+            lines.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            lines.append(f"{package} is not installed")
+    lines.append(f"threads {torch.get_num_threads()}")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    lines += [f"cuda:{i} {name}" for i, name in enumerate(devices)] or ["no cuda device"]
+    if torch.backends.mps.is_available():
+        lines.append("mps is available")
+    print("\n".join(lines))  # noqa: T201
+
+
+if __name__ == "__main__":
+    sys.exit(main())

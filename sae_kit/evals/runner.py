@@ -1,0 +1,229 @@
+"""The pass: every family of metrics of every SAE, from one run of the model over held-out rows.
+
+A batch without fidelity costs one forward, stopped at the deepest site. With it, it costs one clean forward, which
+also gives the activations, one ablated forward per site and one spliced forward per SAE.
+"""
+
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sae_kit.data.capture import BoundSite, capture, device_of
+from sae_kit.errors import ConfigError, DataError, did_you_mean
+from sae_kit.evals.family import FAMILIES, EvalStep, Family, Metrics
+from sae_kit.evals.fidelity import FidelityStep, Positions
+from sae_kit.evals.moments import Moments
+from sae_kit.sae import SAE
+from sae_kit.splicing import observed, replaced, site_of, spliced_sites
+
+Ablation = Literal["zero", "mean"]
+
+TOKENS_PER_FORWARD = 4_096
+TOKENS_PER_STEP = 4_096  # encoded at once: what an encoder makes on the way is [tokens, d_sae]
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """What `evaluate` found."""
+
+    metrics: dict[str, Metrics]
+    """SAE -> group -> key -> value; None where it is undefined"""
+    features: dict[str, dict[str, Tensor]]
+    """SAE -> key -> a value per latent, [d_sae]"""
+    tokens: dict[str, int]
+    """rows, tokens, eligible, excluded, and ce_positions: those of the fidelity rows that have a next id"""
+
+
+@dataclass(frozen=True, eq=False)
+class _Subject:
+    """One SAE under evaluation."""
+
+    sae: SAE
+    site: BoundSite
+    families: dict[str, Family[Any]]
+
+    @property
+    def place(self) -> str:
+        return self.site.names[0]
+
+    def update(self, reads: str, step: EvalStep | FidelityStep) -> None:
+        for family in self.families.values():
+            if family.reads == reads:
+                family.update(step)
+
+    def measure(self, x: Float[Tensor, "tokens d_in"]) -> None:
+        for rows in x.to(self.sae.device).split(TOKENS_PER_STEP) if len(x) else ():
+            codes = self.sae.encode_sparse(rows)
+            self.update("activations", EvalStep(rows, self.sae.decode(codes), codes))
+
+    def splice(self, value: Tensor) -> Tensor:
+        return self.sae(value.to(self.sae.device), use_error_term=False)
+
+
+@torch.no_grad()
+def evaluate(
+    saes: SAE | Mapping[str, SAE],
+    model: nn.Module,
+    rows: Int[Tensor, "rows context"],
+    *,
+    excluded_ids: Collection[int] = (),
+    metrics: Collection[str] = ("reconstruction", "sparsity", "fidelity"),
+    fidelity_tokens: int = 200_000,
+    ablation: Ablation = "zero",
+    rows_per_forward: int | None = None,
+) -> EvalReport:
+    """Evaluate SAEs, each at the site that its metadata names and as `to_inference()`, on rows of token ids.
+
+    Positions whose id is in `excluded_ids` count in no sum and keep the model's own activation in every forward.
+    Fidelity is measured on the first `fidelity_tokens` of the rows. One SAE is called "sae" in the report. The model,
+    the SAEs and the random generators are left as they were.
+
+    Raises:
+        ConfigError: an unknown metric or ablation, an SAE without a site, or a model with SAEs attached.
+        HookNotFoundError: a site is not in the model.
+        DataError: no position is eligible.
+    """
+    for name in metrics:
+        if name not in FAMILIES:
+            raise ConfigError(
+                f"metrics: expected some of {', '.join(FAMILIES)}, found {name!r}.{did_you_mean(name, FAMILIES)}"
+            )
+    if ablation not in ("zero", "mean"):
+        raise ConfigError(f"ablation: expected 'zero' or 'mean', found {ablation!r}")
+    if fidelity_tokens < 1 or (rows_per_forward is not None and rows_per_forward < 1):
+        raise ConfigError("fidelity_tokens and rows_per_forward must be at least 1")
+    if attached := spliced_sites(model):
+        raise ConfigError(f"SAEs are attached to the model at {', '.join(attached)}; detach them before evaluating")
+    subjects = {
+        name: _subject(sae, model, metrics) for name, sae in ({"sae": saes} if isinstance(saes, SAE) else saes).items()
+    }
+    run = _Pass(model, list(subjects.values()), excluded_ids, ablation, rows_per_forward)
+    with _evaluating(model):
+        tokens = run.over(rows, fidelity_tokens if "fidelity" in metrics else 0)
+    return EvalReport(
+        metrics={name: _merged(family.compute() for family in s.families.values()) for name, s in subjects.items()},
+        features={name: _merged(family.features() for family in s.families.values()) for name, s in subjects.items()},
+        tokens=tokens,
+    )
+
+
+class _Pass:
+    """One run over the rows; fidelity with mean ablation needs a second look at its rows, after the mean is known."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        subjects: list[_Subject],
+        excluded_ids: Collection[int],
+        ablation: Ablation,
+        rows_per_forward: int | None,
+    ) -> None:
+        self._model, self._subjects, self._excluded = model, subjects, excluded_ids
+        self._sites = {s.site.spelling: s.site for s in subjects}
+        self._means = {s.place: Moments(s.sae.d_in, s.sae.device) for s in subjects} if ablation == "mean" else {}
+        self._rows_per_forward = rows_per_forward
+        self._device = device_of(model)
+        inner = getattr(model, "original_model", model)
+        caches = getattr(getattr(inner, "config", None), "use_cache", False)
+        self._kwargs: dict[str, Any] = {"use_cache": False} if caches else {}
+
+    def over(self, rows: Int[Tensor, "rows context"], fidelity_tokens: int) -> dict[str, int]:
+        """Feed every family; `fidelity_tokens=0` leaves out what needs logits."""
+        eligible = ce_positions = 0
+        looked_at = -(-fidelity_tokens // max(rows.shape[1], 1))
+        for batch, with_logits in self._batches(rows, looked_at):
+            positions = Positions(batch, self._excluded, self._device)
+            eligible += positions.number
+            ce_positions += positions.n_targets if with_logits else 0
+            ids = batch.to(self._device)
+            if with_logits and not self._means:
+                with observed(self._model, self._sites.values(), positions.select) as values:
+                    clean = self._logits(ids)
+                self._measure(values)
+                self._compare(ids, positions, clean)
+            else:
+                seen = capture(self._model, self._sites.values(), ids, **self._kwargs)
+                self._measure({site: positions.select(value) for site, value in seen.items()})
+        if self._means:
+            for batch, _ in self._batches(rows[:looked_at], looked_at):
+                ids = batch.to(self._device)
+                self._compare(ids, Positions(batch, self._excluded, self._device), self._logits(ids))
+        if not eligible:
+            raise DataError(f"expected some token that is not excluded, found none among {rows.numel()}")
+        return {
+            "rows": len(rows),
+            "tokens": rows.numel(),
+            "eligible": eligible,
+            "excluded": rows.numel() - eligible,
+            "ce_positions": ce_positions,
+        }
+
+    def _batches(self, rows: Int[Tensor, "rows context"], looked_at: int) -> Iterator[tuple[Tensor, bool]]:
+        """Rows of one forward, and whether fidelity is measured on them: its rows do not depend on the batch size."""
+        size = self._rows_per_forward or max(1, TOKENS_PER_FORWARD // max(rows.shape[1], 1))
+        for part, with_logits in ((rows[:looked_at], True), (rows[looked_at:], False)):
+            if len(part):
+                yield from ((batch, with_logits) for batch in part.split(size))
+
+    def _measure(self, values: Mapping[str, Float[Tensor, "eligible width"]]) -> None:
+        for subject in self._subjects:
+            subject.measure(values[subject.site.spelling])
+        for place, moments in self._means.items():
+            at_place = next(s for s in self._subjects if s.place == place)
+            moments.update(values[at_place.site.spelling].to(moments.mean.device))
+
+    def _compare(self, ids: Int[Tensor, "rows context"], positions: Positions, clean: Tensor) -> None:
+        ce_clean, _ = positions.losses(clean, None)
+        ablated: dict[str, tuple[Tensor, Tensor]] = {}
+        for subject in self._subjects:
+            if subject.place not in ablated:
+                patched = self._patched(ids, positions, subject.site, self._ablation(subject))
+                ablated[subject.place] = positions.losses(patched, clean)
+                del patched
+            spliced = positions.losses(self._patched(ids, positions, subject.site, subject.splice), clean)
+            ce, kl = zip(ablated[subject.place], spliced, strict=True)
+            subject.update("logits", FidelityStep(positions.n_targets, positions.number, ce_clean, *ce, *kl))
+
+    def _ablation(self, subject: _Subject) -> Callable[[Tensor], Tensor]:
+        if not self._means:
+            return torch.zeros_like
+        mean = self._means[subject.place].mean
+        return lambda value: mean.to(value).expand_as(value)
+
+    def _patched(
+        self, ids: Int[Tensor, "rows context"], positions: Positions, site: BoundSite, fn: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        with replaced(self._model, site, fn, positions.mask):
+            return self._logits(ids)
+
+    def _logits(self, ids: Int[Tensor, "rows context"]) -> Float[Tensor, "rows context vocabulary"]:
+        out = self._model(ids, **self._kwargs)
+        return out if isinstance(out, Tensor) else out.logits
+
+
+def _subject(sae: SAE, model: nn.Module, metrics: Collection[str]) -> _Subject:
+    used = sae.to_inference().eval()
+    families = {name: FAMILIES[name](used.d_in, used.d_sae, used.device) for name in metrics}
+    return _Subject(used, site_of(model, sae), families)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Generator[None, None, None]:
+    """Eval mode; every module gets back the mode that it had, which need not have been the same for all."""
+    inner = getattr(model, "original_model", model)
+    modes = [(module, module.training) for module in (*model.modules(), *inner.modules())]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _merged(parts: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    return {key: value for part in parts for key, value in part.items()}

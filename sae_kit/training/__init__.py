@@ -1,0 +1,1 @@
+"""From activations to a trained SAE: trainer, losses, schedules, callbacks, runs."""

@@ -1,0 +1,203 @@
+"""The configuration of a run: one frozen tree, the same from Python, YAML, JSON and the command line.
+
+A section that belongs to one component is defined beside it (data, buffer, optim, schedule); this file holds the tree and the sections of
+the trainer itself.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sae_kit import config as trees
+from sae_kit.config import Tokens
+from sae_kit.data.buffer import BufferConfig
+from sae_kit.data.capture import ModelConfig
+from sae_kit.data.tokens import DataConfig
+from sae_kit.errors import ConfigError
+from sae_kit.sae import SAEConfig
+from sae_kit.training.optim import OptimConfig
+from sae_kit.training.schedules import ScheduleConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAEEntry:
+    """One SAE of a run: what it is and where it reads."""
+
+    sae: SAEConfig
+    """architecture and its own fields"""
+    hook: str
+    """site that is read and reconstructed, e.g. blocks.8.hook_resid_pre"""
+    lr: float | None = None
+    """learning rate of this SAE; None = optim.lr"""
+    seed: int | None = None
+    """seed of the initial weights; None = from the run's seed"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long and on what."""
+
+    tokens: int
+    """activation rows to train on"""
+    batch_tokens: int = 4096
+    """rows in each step of the optimizer"""
+    device: str = "auto"
+    """device of the SAEs; auto = cuda, mps or cpu, the first there is"""
+    dead_after_tokens: Tokens | None = None
+    """for SAEs that set none; None = the smaller of 10M and a tenth of the run"""
+    density_window_tokens: int = 1_000_000
+    """window of the logged firing frequencies"""
+
+    def __post_init__(self) -> None:
+        if self.batch_tokens < 1:
+            raise ConfigError(f"batch_tokens must be at least 1, found {self.batch_tokens}")
+        if self.tokens < self.batch_tokens:
+            raise ConfigError(f"tokens must be at least one batch of {self.batch_tokens:,}, found {self.tokens:,}")
+        if self.density_window_tokens < 1:
+            raise ConfigError(f"density_window_tokens must be at least 1, found {self.density_window_tokens}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation on held-out text at the end of a run."""
+
+    at_end: bool = True
+    """evaluate when training is over"""
+    tokens: int | None = None
+    """held-out tokens; None = 0.5% of train.tokens, at least 16,384 and at most 200,000"""
+    fidelity_tokens: int = 20_000
+    """part of them that is run with the SAE spliced into the model"""
+    ablation: Literal["zero", "mean"] = "zero"
+    """what replaces the site in the run that the CE score calls 0"""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "fidelity_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, found {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """A run on Weights & Biases; without network it is kept on disk."""
+
+    project: str
+    """project"""
+    entity: str | None = None
+    """user or team"""
+    name: str | None = None
+    """name of the run; None = the run folder's"""
+    group: str | None = None
+    """group of runs"""
+    tags: tuple[str, ...] = ()
+    """tags"""
+    mode: Literal["online", "offline", "disabled"] = "online"
+    """offline keeps everything in the run folder for `wandb sync`"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is recorded, how often, and where."""
+
+    every_tokens: int = 409_600
+    """tokens between two rows of metrics"""
+    console: bool = True
+    """a progress bar, or a line per row of metrics where there is no terminal"""
+    jsonl: bool = True
+    """metrics.jsonl in the run folder"""
+    wandb: WandbConfig | None = None
+    """send to Weights & Biases"""
+
+    def __post_init__(self) -> None:
+        if self.every_tokens < 1:
+            raise ConfigError(f"every_tokens must be at least 1, found {self.every_tokens}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A run: a model, its text, and one or more SAEs trained on one pass over it."""
+
+    name: str | None = None
+    """folder of the run; None = model, first SAE and 8 digits of the config's hash"""
+    out: str = "runs"
+    """parent folder"""
+    seed: int = 0
+    """root of every random generator"""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """the language model"""
+    data: DataConfig = field(default_factory=DataConfig)
+    """its text"""
+    buffer: BufferConfig = field(default_factory=BufferConfig)
+    """where activations are mixed"""
+    saes: dict[str, SAEEntry] = field(default_factory=dict)
+    """name -> SAE"""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """the optimizer"""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """the learning rate over time"""
+    train: TrainConfig
+    """length and batch"""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """held-out evaluation"""
+    log: LogConfig = field(default_factory=LogConfig)
+    """metrics"""
+
+    def __post_init__(self) -> None:
+        for name in self.saes:
+            if not name or not all(c.isalnum() or c in "._-" for c in name) or name.startswith("."):
+                raise ConfigError(
+                    f"saes: {name!r} cannot be the name of a folder; use letters, digits, '.', '_' and '-'"
+                )
+        self.schedule.build(self.train.tokens)
+
+    @classmethod
+    def from_dict(cls, data: object, where: str = "") -> "RunConfig":
+        """Build from plain data, in which the short names of one-SAE runs may stand for paths.
+
+        `model`, `dataset`, `hook`, `sae`, `tokens` are model.name, data.sources, saes.sae.hook, saes.sae.sae, train.tokens.
+
+        Raises:
+            ConfigError: a short name beside the field that it stands for.
+        """
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"{where or 'run'}: expected a mapping, found {data!r}")
+        return trees.structure_fields(cls, expand_short_names(data), where)
+
+
+SHORT_NAMES: Mapping[str, tuple[str, ...]] = {
+    "dataset": ("data", "sources"),
+    "hook": ("saes", "sae", "hook"),
+    "sae": ("saes", "sae", "sae"),
+    "tokens": ("train", "tokens"),
+}
+
+
+def expand_short_names(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree without short names; a bare string under `model` is its name."""
+    tree: dict[str, Any] = {key: value for key, value in data.items() if key not in SHORT_NAMES}
+    if isinstance(tree.get("model"), str):
+        tree["model"] = {"name": tree["model"]}
+    for short, path in SHORT_NAMES.items():
+        if short in data:
+            value = data[short]
+            if short == "dataset" and not isinstance(value, list | tuple):
+                value = [value]
+            set_path(tree, path, value, short)
+    return tree
+
+
+def set_path(tree: dict[str, Any], path: tuple[str, ...], value: object, source: str) -> None:
+    """Put `value` at `path`, making the mappings on the way; `source` is what the user wrote.
+
+    Raises:
+        ConfigError: the place is taken, or something on the way is not a mapping.
+    """
+    node = tree
+    for key in path[:-1]:
+        child = node.get(key, {})
+        if not isinstance(child, Mapping):
+            raise ConfigError(f"{source}: {key} is {child!r}, not a mapping that could hold {'.'.join(path)}")
+        node[key] = node = dict(child)
+    if path[-1] in node:
+        raise ConfigError(f"{source} and {'.'.join(path)} are the same field: give one of them")
+    node[path[-1]] = value

@@ -1,0 +1,89 @@
+"""What a run logs: sums kept on the device over a window of tokens, divided once, when they are asked for.
+
+Nothing here waits for the device but `compute`. All values are of raw activations and of whole windows, so they do not
+depend on the batch size.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_kit import ops
+from sae_kit.evals.moments import Moments
+from sae_kit.sae import SAE
+from sae_kit.training.losses import DeadLatents, Losses
+
+
+class TrainingMetrics:
+    """Metrics of one SAE over the tokens since the last log row."""
+
+    def __init__(self, sae: SAE, dead: DeadLatents, density_window: int) -> None:
+        self._sae, self._dead = sae, dead
+        self._density_window = density_window
+        self._window_start = (int(sae.tokens_seen), sae.firing_count.clone())
+        self._density = torch.zeros(sae.d_sae, dtype=torch.float64, device=sae.device)
+        self._has_window = False
+        self._reset()
+
+    def _reset(self) -> None:
+        device = self._sae.device
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        self._rows = 0
+        self._steps = 0
+        self._terms: dict[str, Tensor] = {}
+        self._target = Moments(self._sae.d_in, device=device)
+        self._squared_error, self._active = zero.clone(), zero.clone()
+        self._norm, self._clipped = zero.clone(), zero.clone()
+
+    @torch.no_grad()
+    def update(
+        self, losses: Losses, target: Float[Tensor, "batch d_out"], grad_norm: Float[Tensor, ""], clip: float | None
+    ) -> None:
+        """Add one step; `target` holds the raw rows that were reconstructed."""
+        for name, term in losses.terms.items():
+            term = term.detach().double() * len(target)
+            self._terms[name] = self._terms[name] + term if name in self._terms else term
+        self._rows += len(target)
+        self._steps += 1
+        self._target.update(target)
+        self._squared_error += (losses.reconstruction - target).square().sum(dtype=torch.float64)
+        self._active += ops.l0(losses.codes).sum()
+        self._norm += grad_norm
+        if clip is not None:
+            self._clipped += grad_norm > clip
+
+    def end_density_window(self, tokens_seen: int) -> None:
+        """Close the window of firing frequencies if it is full; called after every step."""
+        start, counts = self._window_start
+        if tokens_seen - start >= self._density_window:
+            self._density = (self._sae.firing_count - counts).double() / (tokens_seen - start)
+            self._window_start = (tokens_seen, self._sae.firing_count.clone())
+            self._has_window = True
+
+    def compute(self) -> dict[str, float | int]:
+        """Values by name; starts a new window."""
+        sae, rows = self._sae, max(self._rows, 1)
+        total = self._target.squares().item()
+        fvu = self._squared_error.item() / total if total > 0 else float("nan")
+        terms = {f"losses/{name}": value.item() / rows for name, value in self._terms.items()}
+        dead = self._dead.mask().sum().item()
+        density = self._density if self._has_window else sae.firing_count.double() / sae.tokens_seen.clamp(min=1)
+        since = sae.tokens_since_fired
+        metrics: dict[str, float | int] = {
+            "losses/overall_loss": sum(terms.values()),
+            **terms,
+            "metrics/explained_variance": 1 - fvu,
+            "metrics/fvu": fvu,
+            "metrics/l0": self._active.item() / rows,
+            "metrics/mean_log10_feature_sparsity": torch.log10(density + 1e-10).mean().item(),
+            "sparsity/dead_features": int(dead),
+            "sparsity/dead_fraction": dead / sae.d_sae,
+            "sparsity/dead_features_1e5": int((since >= 100_000).sum()),
+            "sparsity/dead_features_1e6": int((since >= 1_000_000).sum()),
+            "sparsity/below_1e-5": int((density < 1e-5).sum()),
+            "sparsity/above_1e-1": int((density > 1e-1).sum()),
+            "optim/grad_norm": self._norm.item() / max(self._steps, 1),
+            "optim/clipped_fraction": self._clipped.item() / max(self._steps, 1),
+        }
+        self._reset()
+        return metrics

@@ -1,0 +1,105 @@
+"""The optimizer of one SAE: groups, learning rate, clipping, and what holds after each step."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sae_kit.errors import ConfigError
+from sae_kit.sae import SAE
+
+FUSED_DEVICES = ("cuda", "cpu", "mps", "xpu")
+AUTO_LR, AUTO_LR_WIDTH = 2e-4, 2**14  # Gao et al. 2024: the best learning rate falls with the square root of the width
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Adam, with the weight decay of AdamW if asked."""
+
+    name: Literal["adam", "adamw"] = "adam"
+    """optimizer"""
+    lr: float | Literal["auto"] = "auto"
+    """learning rate; auto = 2e-4 · sqrt(16384 / d_sae)"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """decay of the two moments"""
+    eps: float = 1e-8
+    """added to the root of the second moment"""
+    weight_decay: float = 0.0
+    """adamw: decay of W_enc and W_dec; biases and thresholds have none"""
+    clip_grad_norm: float | None = 1.0
+    """largest L2 norm of all gradients of an SAE together, thresholds left out; None = off"""
+
+    def __post_init__(self) -> None:
+        if self.lr != "auto" and self.lr < 0:
+            raise ConfigError(f"lr must be at least 0 or 'auto', found {self.lr}")
+        if self.weight_decay and self.name != "adamw":
+            raise ConfigError(f"weight_decay has no effect with {self.name!r}: choose name='adamw'")
+        if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
+            raise ConfigError(f"clip_grad_norm must be positive or None, found {self.clip_grad_norm}")
+
+    def build(self, sae: SAE) -> torch.optim.Optimizer:
+        """The optimizer of `sae`, one group each for matrices, biases and thresholds.
+
+        Every group remembers its full learning rate as `base_lr`.
+        """
+        lr = AUTO_LR * (AUTO_LR_WIDTH / sae.d_sae) ** 0.5 if self.lr == "auto" else float(self.lr)
+        threshold_factor = getattr(sae.cfg, "threshold_lr_factor", 1.0)
+        kinds: dict[str, list[Tensor]] = {"matrices": [], "biases": [], "thresholds": []}
+        for name, parameter in sae.named_parameters():
+            kinds["thresholds" if name == "threshold" else "matrices" if parameter.ndim > 1 else "biases"].append(
+                parameter
+            )
+        groups: list[dict[str, Any]] = [
+            {"params": kinds["matrices"], "lr": lr, "weight_decay": self.weight_decay},
+            {"params": kinds["biases"], "lr": lr, "weight_decay": 0.0},
+            {"params": kinds["thresholds"], "lr": lr * threshold_factor, "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        optimizer_class = torch.optim.AdamW if self.name == "adamw" else torch.optim.Adam
+        fused = sae.device.type in FUSED_DEVICES
+        optimizer = optimizer_class(groups, lr=lr, betas=self.betas, eps=self.eps, fused=fused)
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+        return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Give every group its full rate times `factor`; returns the rate of the first group."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return optimizer.param_groups[0]["lr"]
+
+
+def clipped_parameters(sae: SAE) -> list[Tensor]:
+    """What the gradient norm is taken over: all parameters but thresholds, whose slope 1/bandwidth would dominate."""
+    return [parameter for name, parameter in sae.named_parameters() if name != "threshold"]
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], limit: float | None) -> Tensor:
+    """Scale gradients by min(1, limit / norm) with their true common L2 norm, which is returned (before clipping)."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if limit is not None:
+        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+@torch.no_grad()
+def project_decoder_gradient(sae: SAE) -> None:
+    """Unit decoder rows: remove the part of the gradient along each row, which the constraint would undo."""
+    if sae.cfg.decoder_norm_constraint == "unit" and sae.W_dec.grad is not None:
+        rows = sae.W_dec / sae.decoder_norms().to(sae.dtype)[:, None]
+        sae.W_dec.grad -= (sae.W_dec.grad * rows).sum(dim=1, keepdim=True) * rows
+
+
+@torch.no_grad()
+def restore_constraints(sae: SAE) -> None:
+    """After a step: unit decoder rows where they are asked for, thresholds at or above 0."""
+    if sae.cfg.decoder_norm_constraint == "unit":
+        sae.W_dec /= sae.decoder_norms().to(sae.dtype)[:, None]
+    threshold = getattr(sae, "threshold", None)
+    if threshold is not None:
+        threshold.clamp_(min=0)

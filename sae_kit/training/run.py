@@ -1,0 +1,241 @@
+"""A run: a config tree becomes a model, a stream, SAEs and a trainer; what they leave is a folder.
+
+runs/NAME/run.yaml            the whole config tree
+          metrics.jsonl       every row of metrics
+          results.json        a row per SAE: its config, the last metrics of training, the held-out evaluation
+          saes/SAE/           the SAE, ready for use
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sae_kit import config as trees
+from sae_kit.data.capture import load_model, resolve, site_width
+from sae_kit.data.store import ActivationsStore, default_context
+from sae_kit.data.tokens import excluded_ids, held_out_rows
+from sae_kit.errors import ConfigError, OutputExistsError, ShapeError
+from sae_kit.evals import evaluate
+from sae_kit.metadata import SAEMetadata
+from sae_kit.sae import SAE, SAEConfig
+from sae_kit.seeding import derive_seed
+from sae_kit.training.callbacks import JSONL, Callback, Console, Wandb
+from sae_kit.training.config import RunConfig, SAEEntry
+from sae_kit.training.trainer import SAETrainer, TrainingResult
+
+log = logging.getLogger(__name__)
+
+Report = Mapping[str, Mapping[str, float | None]]
+"""Metrics of one SAE: group -> name -> value, None where it is undefined."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves in memory; the same is in `folder`."""
+
+    folder: Path
+    saes: dict[str, SAE]
+    """in the form for use: scales and norms folded"""
+    evals: dict[str, Report]
+    """held-out evaluation by SAE; empty if it was switched off"""
+    training: TrainingResult
+
+
+def train(
+    *,
+    model: str | nn.Module,
+    dataset: str | Mapping[str, Any] | Iterable[str],
+    hook: str,
+    sae: SAEConfig | Mapping[str, Any],
+    tokens: int,
+    tokenizer: Any = None,
+    callbacks: Sequence[Callback] = (),
+    **fields: Any,
+) -> RunResult:
+    """Train one SAE on one site of a model, evaluate it on held-out text and save it.
+
+    `model` is a hub id, a folder, "demo", or a model with its `tokenizer`; `dataset` likewise, or any iterable of texts.
+    Every other field of the config tree goes by its section: `optim={"lr": 1e-4}`, `train={"batch_tokens": 2048}`.
+
+    Raises:
+        ConfigError: an unknown or impossible field. HookNotFoundError: `hook` is not in the model.
+        OutputExistsError: the run folder is taken.
+    """
+    tree: dict[str, Any] = {**fields, "hook": hook, "sae": sae, "tokens": tokens}
+    documents = None
+    if isinstance(model, str):
+        tree["model"] = model
+    if isinstance(dataset, str | Mapping):
+        tree["dataset"] = dataset
+    else:
+        documents = dataset
+    cfg = RunConfig.from_dict(tree)
+    host = None if isinstance(model, str) else model
+    return run(cfg, model=host, tokenizer=tokenizer, documents=documents, callbacks=callbacks)
+
+
+def run(
+    cfg: RunConfig,
+    *,
+    model: nn.Module | None = None,
+    tokenizer: Any = None,
+    documents: Iterable[str] | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> RunResult:
+    """Everything from config to saved SAEs. Objects that are passed take the place of what `cfg` names."""
+    if not cfg.saes:
+        raise ConfigError("saes: there is no SAE to train; give at least one entry")
+    folder = make_folder(Path(cfg.out) / (cfg.name or default_name(cfg)))
+    (folder / "run.yaml").write_text(trees.dump_yaml(cfg), encoding="utf-8")
+    if model is None:
+        model, own = load_model(cfg.model)
+        tokenizer = tokenizer or own
+    saes = build_saes(cfg, model, tokenizer)
+    store = ActivationsStore.from_config(
+        model,
+        cfg.data,
+        cfg.buffer,
+        sites=sorted({entry.hook for entry in cfg.saes.values()}),
+        train_tokens=cfg.train.tokens,
+        batch_tokens=cfg.train.batch_tokens,
+        seed=cfg.seed,
+        tokenizer=tokenizer,
+        documents=documents,
+    )
+    sinks: list[Callback] = [Console()] if cfg.log.console else []
+    if cfg.log.jsonl:
+        sinks.append(JSONL(folder / "metrics.jsonl"))
+    if cfg.log.wandb is not None:
+        sinks.append(Wandb(cfg.log.wandb, folder, folder.name))
+    trainer = SAETrainer(cfg, saes, store, callbacks=[*sinks, *callbacks])
+    try:
+        training = trainer.fit()
+    finally:
+        store.close()
+    final = {name: sae.to_inference() for name, sae in training.saes.items()}
+    evals: dict[str, Report] = {}
+    if cfg.eval.at_end and not isinstance(documents, Iterator):
+        evals = _evaluate(cfg, final, model, tokenizer, documents)
+    elif cfg.eval.at_end:
+        log.warning(
+            "no held-out evaluation: an iterator of texts can be read only once; pass a list or another iterable"
+        )
+    dead = {name: part.dead_fraction() for name, part in trainer.parts.items()}
+    for name, sae in final.items():
+        l0 = evals.get(name, {}).get("sparsity", {}).get("l0")
+        sae.cfg.metadata.l0 = l0
+        sae.cfg.metadata.num_dead_features = round(dead[name] * sae.d_sae)
+        sae.save_model(folder / "saes" / name)
+    results = {
+        name: {
+            "config": trees.unstructure(cfg.saes[name]),
+            "tokens": training.tokens,
+            "tokens_per_second": training.tokens_per_second,
+            "dead_fraction": dead[name],
+            "evals": evals.get(name),
+        }
+        for name in final
+    }
+    write_json(folder / "results.json", results)
+    return RunResult(folder, final, evals, training)
+
+
+def build_saes(cfg: RunConfig, model: nn.Module, tokenizer: Any) -> dict[str, SAE]:
+    """The SAEs of a run: width and metadata from the model, normalisation on unless it was chosen.
+
+    Raises:
+        HookNotFoundError, ShapeError: a site that the model lacks, or whose width is not the config's `d_in`.
+    """
+    for entry in cfg.saes.values():
+        resolve(model, entry.hook)
+    return {
+        name: _complete(cfg, entry, site_width(model, entry.hook), model, tokenizer).build(
+            seed=entry.seed if entry.seed is not None else derive_seed(cfg.seed, "init", name)
+        )
+        for name, entry in cfg.saes.items()
+    }
+
+
+def _complete(cfg: RunConfig, entry: SAEEntry, width: int, model: nn.Module, tokenizer: Any) -> SAEConfig:
+    if entry.sae.d_in not in (None, width):
+        raise ShapeError(
+            f"sae.d_in is {entry.sae.d_in}, but {entry.hook!r} is {width} wide: leave d_in out or set it to {width}"
+        )
+    source = cfg.data.sources[0] if cfg.data.sources else None
+    known = SAEMetadata(
+        model_name=cfg.model.name,
+        hook_name=entry.hook,
+        model_class_name=type(model).__name__,
+        prepend_bos=cfg.data.row_start == "bos",
+        exclude_special_tokens=list(excluded_ids(cfg.data.exclude, tokenizer)),
+        context_size=cfg.data.context_size or default_context(model),
+        dataset_path=source.path if source else None,
+    )
+    given = {key: value for key, value in trees.shallow(entry.sae.metadata).items() if value}
+    return dataclasses.replace(
+        entry.sae,
+        d_in=width,
+        normalize_activations=entry.sae.normalize_activations or "expected_average_only_in",
+        metadata=dataclasses.replace(known, **given),
+    )
+
+
+def _evaluate(
+    cfg: RunConfig, saes: Mapping[str, SAE], model: nn.Module, tokenizer: Any, documents: Iterable[str] | None
+) -> dict[str, Report]:
+    context = cfg.data.context_size or default_context(model)
+    wanted = cfg.eval.tokens or min(200_000, max(16_384, cfg.train.tokens // 200))
+    rows = held_out_rows(
+        cfg.data, tokenizer, max(wanted // context, 1), context_size=context, documents=documents, seed=cfg.seed
+    )
+    return evaluate(
+        saes,
+        model,
+        rows,
+        excluded_ids=excluded_ids(cfg.data.exclude, tokenizer),
+        fidelity_tokens=cfg.eval.fidelity_tokens,
+        ablation=cfg.eval.ablation,
+        rows_per_forward=cfg.data.rows_per_forward,
+    )
+
+
+def make_folder(folder: Path) -> Path:
+    """A new folder for a run, tried for writing before any work.
+
+    Raises:
+        OutputExistsError: it holds something already. ConfigError: it cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputExistsError(
+            f"{folder} exists and is not empty; nothing was changed. Choose another name or out, or remove it"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"cannot write to the run folder {folder}: {error.strerror}") from error
+    return folder
+
+
+def default_name(cfg: RunConfig) -> str:
+    """Model, first SAE, and 8 hex digits of the config's hash: the same config has the same name."""
+    digest = hashlib.sha256(json.dumps(trees.unstructure(cfg), sort_keys=True).encode()).hexdigest()[:8]
+    model = (cfg.model.name or "model").rstrip("/").split("/")[-1]
+    return f"{model}-{next(iter(cfg.saes.values())).sae.architecture}-{digest}"
+
+
+def write_json(path: Path, tree: object) -> None:
+    """Write JSON atomically; numbers that are not finite are refused."""
+    new = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    new.write_text(json.dumps(tree, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(new, path)

@@ -1,0 +1,229 @@
+"""The training loop: one pass over batches, any number of SAEs.
+
+A step, for each SAE: rates and coefficients from the tokens seen → losses → backward → decoder projection → clip → Adam →
+constraints → metrics. Nothing in a step waits for the device unless metrics are logged.
+"""
+
+import dataclasses
+import itertools
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sae_kit.config import resolve_tokens
+from sae_kit.data.batch import Batch
+from sae_kit.errors import ConfigError, DataError, NonFiniteError, ShapeError
+from sae_kit.sae import SAE
+from sae_kit.training.callbacks import Callback, Callbacks, Console
+from sae_kit.training.config import RunConfig
+from sae_kit.training.losses import DeadLatents, training_losses
+from sae_kit.training.metrics import TrainingMetrics
+from sae_kit.training.optim import (
+    clip_gradients,
+    clipped_parameters,
+    project_decoder_gradient,
+    restore_constraints,
+    set_learning_rate,
+)
+from sae_kit.training.schedules import linear_warm_up
+
+log = logging.getLogger(__name__)
+
+Item = Tensor | Mapping[str, Tensor] | Batch
+"""What a stream hands out: rows, rows by site, or what is read and what is to be reproduced."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What `fit` leaves."""
+
+    saes: dict[str, SAE]
+    tokens: int
+    steps: int
+    tokens_per_second: float
+    metrics: dict[str, float | int]
+    """the last row that was logged"""
+
+
+class SAETrainer:
+    """Trains one SAE, or a mapping of them, on an iterator of activations.
+
+    `batches` yields tensors [batch, d_in], mappings from site to such tensors (each SAE takes the site in its
+    `cfg.metadata.hook_name`), or `Batch(x, y)`. Of `cfg` the sections model, data and buffer are left alone here.
+    """
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        saes: SAE | Mapping[str, SAE],
+        batches: Iterable[Item],
+        *,
+        callbacks: Sequence[Callback] | None = None,
+    ) -> None:
+        self.cfg = cfg
+        self.saes: dict[str, SAE] = {"sae": saes} if isinstance(saes, SAE) else dict(saes)
+        if not self.saes:
+            raise ConfigError("there is no SAE to train: pass one, or a mapping from names to SAEs")
+        self.steps = 0
+        self.tokens = 0
+        self.total_tokens = cfg.train.tokens // cfg.train.batch_tokens * cfg.train.batch_tokens
+        self.seconds = 0.0
+        self.last_metrics: dict[str, float | int] = {}
+        self.callbacks = Callbacks([Console()] if callbacks is None and cfg.log.console else list(callbacks or ()))
+        self._batches = batches
+        self._schedule = cfg.schedule.build(cfg.train.tokens)
+        device = pick_device(cfg.train.device)
+        self._sites = {name: sae.cfg.metadata.hook_name for name, sae in self.saes.items()}
+        self.parts = {name: Part(cfg, name, sae.to(device)) for name, sae in self.saes.items()}
+
+    def fit(self) -> TrainingResult:
+        """Train until `train.tokens` or the end of the batches, whichever comes first.
+
+        Raises:
+            DataError: no batch came at all. ShapeError: rows of another width. NonFiniteError: training diverged.
+        """
+        try:
+            stream = self._with_statistics()
+            self.callbacks.call("on_start", self)
+            started = logged = time.perf_counter()
+            tokens_logged = self.tokens
+            while self.tokens < self.total_tokens:
+                item = next(stream, None)
+                if item is None:
+                    log.warning("the data ended after %s of %s tokens", f"{self.tokens:,}", f"{self.total_tokens:,}")
+                    break
+                rows = self.step(item)
+                ended = self.tokens >= self.total_tokens
+                if (
+                    ended
+                    or self.tokens // self.cfg.log.every_tokens > (self.tokens - rows) // self.cfg.log.every_tokens
+                ):
+                    metrics = self._metrics()
+                    now = time.perf_counter()
+                    metrics["perf/tokens_per_second"] = (self.tokens - tokens_logged) / (now - logged)
+                    logged, tokens_logged = now, self.tokens
+                    self.last_metrics = metrics
+                    self.callbacks.call("on_log", self, metrics)
+                self.callbacks.call("on_step_end", self)
+            self.seconds = time.perf_counter() - started
+            if self.steps == 0:
+                raise DataError("the stream of activations is empty: expected at least one batch, found none")
+            self.callbacks.call("on_end", self)
+        finally:
+            self.callbacks.close()
+        return TrainingResult(self.saes, self.tokens, self.steps, self.tokens / self.seconds, self.last_metrics)
+
+    def step(self, item: Item) -> int:
+        """One optimizer step of every SAE on one batch; returns its number of rows."""
+        rows = 0
+        for name, part in self.parts.items():
+            batch = self._batch(item, name, part.sae)
+            rows = len(batch.x)
+            part.step(batch, self.tokens, self._schedule.factor(self.tokens, rows))
+        self.steps += 1
+        self.tokens += rows
+        return rows
+
+    def _batch(self, item: Item, name: str, sae: SAE) -> Batch:
+        if isinstance(item, Mapping):
+            site = self._sites[name]
+            if site not in item:
+                raise DataError(f"SAE {name!r} reads {site!r}, the batch holds {', '.join(map(repr, item))}")
+            item = item[site]
+        x, y = (item.x, item.y) if isinstance(item, Batch) else (item, item)
+        if x.ndim != 2 or x.shape[1] != sae.d_in:
+            raise ShapeError(f"SAE {name!r} expects rows of shape [batch, {sae.d_in}], found {list(x.shape)}")
+        return Batch(x.to(sae.device, non_blocking=True), y.to(sae.device, non_blocking=True))
+
+    def _with_statistics(self) -> Iterator[Item]:
+        """The batches, after each SAE has estimated its normalisation on the first of them, which are trained on all the same."""
+        waiting = {name: part.sae for name, part in self.parts.items() if part.sae.norm_in.needs_estimate}
+        stream = iter(self._batches)
+        if waiting:
+            peek = getattr(self._batches, "peek", None)
+            if peek is not None:
+                sample = peek(self.cfg.buffer.norm_estimate_tokens)
+            else:
+                sample = next(stream, None)
+                if sample is None:
+                    return stream
+                stream = itertools.chain([sample], stream)
+            for name, sae in waiting.items():
+                sae.norm_in.estimate(self._batch(sample, name, sae).x)
+        return stream
+
+    def _metrics(self) -> dict[str, float | int]:
+        """One row; with several SAEs each name is prefixed by the SAE's."""
+        row: dict[str, float | int] = {"details/n_training_samples": self.tokens}
+        for name, part in self.parts.items():
+            metrics = part.metrics.compute() | part.details
+            if not metrics["losses/overall_loss"] < float("inf"):
+                raise NonFiniteError(
+                    f"SAE {name!r} diverged: its loss became {metrics['losses/overall_loss']} within the {self.steps:,} steps "
+                    f"({self.tokens:,} tokens) so far. A lower optim.lr or a longer warm-up usually helps"
+                )
+            row |= {key if len(self.parts) == 1 else f"{name}/{key}": value for key, value in metrics.items()}
+        return row
+
+
+class Part:
+    """One SAE of a run with all that trains it."""
+
+    def __init__(self, cfg: RunConfig, name: str, sae: SAE) -> None:
+        total = cfg.train.tokens
+        entry = cfg.saes.get(name)
+        optim = cfg.optim if entry is None or entry.lr is None else dataclasses.replace(cfg.optim, lr=entry.lr)
+        self.sae = sae
+        self.optimizer = optim.build(sae)
+        self.clip = optim.clip_grad_norm
+        self.dead = DeadLatents(sae, dead_after(sae, cfg))
+        self.metrics = TrainingMetrics(sae, self.dead, cfg.train.density_window_tokens)
+        self.details: dict[str, float] = {}
+        self._clipped = clipped_parameters(sae)
+        self._coefficients = {
+            key: (c.value, resolve_tokens(c.warm_up, total, f"{key}_warm_up_tokens"))
+            for key, c in sae.cfg.coefficients().items()
+        }
+
+    def step(self, batch: Batch, tokens: int, lr_factor: float) -> None:
+        sae, rows = self.sae, len(batch.x)
+        lr = set_learning_rate(self.optimizer, lr_factor)
+        coefficients = {
+            key: value * linear_warm_up(tokens + rows, length) for key, (value, length) in self._coefficients.items()
+        }
+        losses = training_losses(sae, batch, coefficients, self.dead, tokens)
+        losses.total.backward()
+        project_decoder_gradient(sae)
+        grad_norm = clip_gradients(self._clipped, self.clip)
+        self.optimizer.step()
+        restore_constraints(sae)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.metrics.update(losses, batch.y, grad_norm, self.clip)
+        self.metrics.end_density_window(tokens + rows)
+        self.details = {"details/current_learning_rate": lr}
+        self.details |= {f"details/{key}_coefficient": value for key, value in coefficients.items()}
+
+    def dead_fraction(self) -> float:
+        """Share of latents that have been silent for `dead_after_tokens` of training."""
+        return self.dead.mask().double().mean().item()
+
+
+def dead_after(sae: SAE, cfg: RunConfig) -> int:
+    """Tokens of silence after which a latent counts as dead."""
+    wanted = sae.cfg.dead_after_tokens if sae.cfg.dead_after_tokens is not None else cfg.train.dead_after_tokens
+    if wanted is None:
+        return max(min(10_000_000, cfg.train.tokens // 10), 1)
+    return max(resolve_tokens(wanted, cfg.train.tokens, "dead_after_tokens"), 1)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first of cuda, mps and cpu that there is."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -1,0 +1,99 @@
+"""The step's estimated derivatives, against the stated formula and against what they are to estimate."""
+
+import pytest
+import torch
+from helpers import make_config, make_sae, rows
+
+from sae_kit import JumpReLUSAEConfig
+from sae_kit.architectures.jumprelu import _Jump, _Step
+from sae_kit.errors import ConfigError
+
+
+def formula(h: torch.Tensor, theta: torch.Tensor, width: float, mirrored: bool) -> dict[str, torch.Tensor]:
+    window = ((h - theta) / width).abs() < 0.5
+    return {
+        "jump_h": (h > theta) + mirrored * theta / width * window,
+        "jump_theta": -theta / width * window,
+        "step_h": mirrored / width * window,
+        "step_theta": -1 / width * window,
+    }
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_gradients_are_the_stated_ones(mirrored: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(4, 5, 6, generator=generator, dtype=torch.float64)
+    theta = torch.rand(6, generator=generator, dtype=torch.float64)
+    weights = torch.randn(4, 5, 6, generator=generator, dtype=torch.float64)
+    expected = formula(h, theta, 0.7, mirrored)
+    for function, key in ((_Jump, "jump"), (_Step, "step")):
+        h_, theta_ = h.clone().requires_grad_(), theta.clone().requires_grad_()
+        (function.apply(h_, theta_, 0.7, mirrored) * weights).sum().backward()
+        found = h_.grad if h_.grad is not None else torch.zeros_like(h)
+        torch.testing.assert_close(found, expected[f"{key}_h"] * weights)
+        # every leading axis is summed over
+        torch.testing.assert_close(theta_.grad, (expected[f"{key}_theta"] * weights).sum(dim=(0, 1)))
+
+
+def test_the_window_is_symmetric_and_holds_negative_values() -> None:
+    theta = torch.tensor([0.1], requires_grad=True)
+    _Step.apply(torch.tensor([[-0.05], [0.25], [-0.2]]), theta, 0.4, False).sum().backward()
+    torch.testing.assert_close(theta.grad, torch.tensor([-2 / 0.4]))
+
+
+def test_estimates_equal_derivatives_of_smoothed_expectations() -> None:
+    """For h uniform around θ with density p: ∂E[H]/∂θ = −p and ∂E[J]/∂θ = −θ·p."""
+    low, high, theta = 0.0, 2.0, torch.tensor([1.0], requires_grad=True)
+    h = torch.linspace(low, high, 200_001)[:, None]
+    density = 1 / (high - low)
+    _Step.apply(h, theta, 0.05, False).mean().backward()
+    assert theta.grad is not None
+    assert theta.grad.item() == pytest.approx(-density, rel=0.01)
+    theta.grad = None
+    _Jump.apply(h, theta, 0.05, False).mean().backward()
+    assert theta.grad.item() == pytest.approx(-density * theta.item(), rel=0.01)
+
+
+def test_codes_are_zero_or_above_the_threshold() -> None:
+    sae = make_sae("jumprelu")
+    acts, threshold = sae.encode(rows(200)), sae.get_parameter("threshold")
+    active = acts > 0
+    assert active.any()
+    assert (acts > threshold)[active].all()
+    at_threshold = torch.full((1, 1), 0.5)
+    assert _Jump.apply(at_threshold, torch.tensor([0.5]), 0.1, False).item() == 0, "the comparison is strict"
+
+
+@pytest.mark.parametrize(
+    ("mode", "fields"),
+    [("step", {}), ("quadratic", {"target_l0": 10.0}), ("tanh", {}), ("tanh_quad", {})],
+)
+def test_sparsity_losses(mode: str, fields: dict[str, float]) -> None:
+    sae = make_sae("jumprelu", jumprelu_sparsity_loss_mode=mode, **fields)
+    u = rows(50)
+    encoding = sae.encoding(u)
+    loss = sae.sparsity_losses(u, encoding, {"l0": 0.3})["l0_loss"]
+    acts = sae.encode(u)
+    l0 = (acts != 0).sum(dim=1).float()
+    smooth = torch.tanh(4.0 * acts * sae.decoder_norms())
+    frequency = smooth.mean(dim=0)
+    expected = {
+        "step": l0.mean(),
+        "quadratic": 2 / 10.0 * (l0 - 10).square().mean(),
+        "tanh": smooth.sum(dim=1).mean(),
+        "tanh_quad": (frequency * (1 + frequency / 0.01)).sum(),
+    }[mode]
+    torch.testing.assert_close(loss, 0.3 * expected)
+    loss.backward()
+    gradient = sae.get_parameter("threshold").grad
+    assert gradient is not None
+    assert gradient.abs().sum() > 0
+
+
+def test_impossible_configs() -> None:
+    with pytest.raises(ConfigError, match=r"quadratic mode needs a target_l0 in \(0, 96\], found None"):
+        make_config("jumprelu", jumprelu_sparsity_loss_mode="quadratic")
+    with pytest.raises(ConfigError, match="target_l0 is used by the quadratic mode alone"):
+        make_config("jumprelu", target_l0=10.0)
+    with pytest.raises(ConfigError, match="jumprelu_bandwidth must be positive"):
+        JumpReLUSAEConfig(d_in=2, d_sae=4, jumprelu_bandwidth=0.0)

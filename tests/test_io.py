@@ -1,0 +1,264 @@
+"""Folders: what is written is read back to the bit, and what is wrong is said."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import ARCHITECTURES, D_IN, D_SAE, make_sae, rows
+from safetensors.torch import load_file, save_file
+
+from sae_kit import SAE, SAEMetadata
+from sae_kit.errors import (
+    ConfigError,
+    CorruptFileError,
+    FormatTooNewError,
+    SAEKitError,
+    UnknownArchitectureError,
+    UnknownConfigKeyError,
+    UnknownScaleWarning,
+)
+from sae_kit.io import load, load_config
+
+every = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+def saved(tmp_path: Path, name: str = "topk", **fields: Any) -> Path:
+    return make_sae(name, **fields).save_model(tmp_path / "sae")
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    path = folder / "cfg.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@every
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("training", [True, False])
+def test_round_trip(tmp_path: Path, name: str, dtype: str, training: bool) -> None:
+    sae = make_sae(
+        name,
+        dtype=dtype,
+        apply_b_dec_to_input=False,
+        reshape_activations="hook_z",
+        normalize_activations="expected_average_only_in",
+        decoder_init_norm=None,
+        decoder_norm_constraint="unit",
+        dead_after_tokens="7%",
+        metadata=SAEMetadata(model_name="demo", hook_name="blocks.2.hook_resid_pre", extra={"mine": [1, {"a": None}]}),
+    )
+    sae.norm_in.estimate(rows(100) * 5)
+    sae.firing_count += torch.arange(D_SAE)
+    sae.tokens_since_fired += 3
+    sae.tokens_seen += 1000
+    if not training:
+        sae = sae.to_inference()
+    folder = sae.save_model(tmp_path / "a" / "sae")
+    again = SAE.load_from_disk(folder)
+    assert type(again) is type(sae)
+    assert again.cfg == sae.cfg
+    torch.testing.assert_close(again.state_dict(), sae.state_dict(), rtol=0, atol=0)
+    u = rows(5) * 5
+    assert torch.equal(again(u), sae(u))
+    assert (
+        again.save_model(tmp_path / "b").joinpath("sae_weights.safetensors").read_bytes()
+        == (folder / "sae_weights.safetensors").read_bytes()
+    )
+    assert load_config(folder) == sae.cfg
+    assert load(folder, verify=True).cfg == sae.cfg
+
+
+@every
+def test_an_inference_folder_is_what_the_field_reads(tmp_path: Path, name: str) -> None:
+    sae = make_sae(name, normalize_activations="expected_average_only_in")
+    sae.firing_count += 10
+    sae.tokens_seen += 1000
+    folder = sae.to_inference().save_model(tmp_path / "sae")
+    cfg = json.loads((folder / "cfg.json").read_text())
+    assert cfg["architecture"] == name
+    assert cfg["normalize_activations"] == "none"
+    assert cfg["metadata"]["sae_lens_version"] == "6.0.0"
+    assert cfg["metadata"]["sae_kit"]["format"] == 1
+    assert not {"decoder_init_norm", "l1_coefficient", "aux_coefficient"} & set(cfg)
+    weights = load_file(folder / "sae_weights.safetensors")
+    common = {"W_enc", "W_dec", "b_dec"}
+    own = {"gated": {"b_gate", "b_mag", "r_mag"}, "jumprelu": {"b_enc", "threshold"}}.get(name, {"b_enc"})
+    assert set(weights) == common | own
+    assert weights["W_enc"].shape == (D_IN, D_SAE)
+    sparsity = load_file(folder / "sparsity.safetensors")["sparsity"]
+    torch.testing.assert_close(sparsity, torch.full((D_SAE,), -2.0), rtol=0, atol=1e-6)
+
+
+@every
+def test_dtype_on_loading_leaves_thresholds_alone(tmp_path: Path, name: str) -> None:
+    sae = SAE.load_from_disk(saved(tmp_path, name), dtype="bfloat16")
+    assert sae.dtype == torch.bfloat16
+    assert sae.cfg.dtype == "bfloat16"
+    if name == "jumprelu":
+        assert sae.get_parameter("threshold").dtype == torch.float32
+    with pytest.raises(ConfigError, match="expected one of 'float32'"):
+        SAE.load_from_disk(tmp_path / "sae", dtype="float8")
+
+
+def test_a_second_save_replaces_the_first_whole(tmp_path: Path) -> None:
+    first = make_sae("gated")
+    first.tokens_seen += 5
+    first.save_model(tmp_path / "sae")
+    assert (tmp_path / "sae" / "sparsity.safetensors").exists()
+    second = make_sae("topk", seed=3)
+    second.save_model(tmp_path / "sae")
+    again = SAE.load_from_disk(tmp_path / "sae")
+    torch.testing.assert_close(again.state_dict(), second.state_dict(), rtol=0, atol=0)
+    assert sorted(p.name for p in (tmp_path / "sae").iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["sae"], "nothing temporary is left"
+
+
+def test_a_failed_save_leaves_the_former_sae(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    broken = make_sae("topk", seed=4)
+    broken.W_dec.data[3, 3] = float("nan")
+    with pytest.raises(SAEKitError, match="refusing to save: W_dec holds NaN or infinite values"):
+        broken.save_model(folder)
+    unserialisable = make_sae("topk", metadata=SAEMetadata(extra={"x": object()}))
+    with pytest.raises(TypeError):
+        unserialisable.save_model(folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["sae"]
+
+
+def test_equal_saes_give_equal_bytes(tmp_path: Path) -> None:
+    one, two = (make_sae("jumprelu").save_model(tmp_path / name) for name in ("one", "two"))
+    for path in one.iterdir():
+        assert path.read_bytes() == (two / path.name).read_bytes()
+
+
+def test_no_sae_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no SAE in .*nowhere: expected cfg.json and sae_weights.safetensors"):
+        SAE.load_from_disk(tmp_path / "nowhere")
+    folder = saved(tmp_path)
+    (folder / "sae_weights.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no sae_weights.safetensors beside"):
+        SAE.load_from_disk(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+def test_truncated_weights(tmp_path: Path, keep: int) -> None:
+    path = saved(tmp_path) / "sae_weights.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CorruptFileError, match=r"sae_weights.safetensors cannot be read as safetensors .* truncated"):
+        SAE.load_from_disk(path.parent)
+
+
+def test_wrong_tensors_are_all_named(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    weights = load_file(folder / "sae_weights.safetensors")
+    weights["W_dec"] = weights["W_dec"][:, :-1].contiguous()
+    weights["extra"] = weights.pop("b_enc")
+    save_file(weights, folder / "sae_weights.safetensors")
+    with pytest.raises(CorruptFileError) as error:
+        SAE.load_from_disk(folder)
+    for part in (r"W_dec is [96, 31], the config implies [96, 32]", "missing b_enc [96]", "unexpected extra [96]"):
+        assert part in str(error.value)
+
+
+def test_a_torn_pair_is_noticed(tmp_path: Path) -> None:
+    one, two = make_sae("topk").save_model(tmp_path / "one"), make_sae("topk", seed=1).save_model(tmp_path / "two")
+    (one / "sae_weights.safetensors").write_bytes((two / "sae_weights.safetensors").read_bytes())
+    with pytest.raises(CorruptFileError, match="were not written together"):
+        SAE.load_from_disk(one)
+
+
+def test_changed_weights_are_found_when_asked(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    raw = bytearray((folder / "sae_weights.safetensors").read_bytes())
+    raw[-2] ^= 1
+    (folder / "sae_weights.safetensors").write_bytes(raw)
+    SAE.load_from_disk(folder)
+    with pytest.raises(CorruptFileError, match="hash differs"):
+        load(folder, verify=True)
+
+
+def test_unknown_keys(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    edit(folder, aply_b_dec_to_input=True)
+    with pytest.raises(
+        UnknownConfigKeyError, match="unknown keys 'aply_b_dec_to_input'.*Did you mean 'apply_b_dec_to_input'"
+    ):
+        SAE.load_from_disk(folder)
+    with pytest.warns(UserWarning, match="moved to the metadata: aply_b_dec_to_input"):
+        sae = SAE.load_from_disk(folder, strict=False)
+    assert sae.cfg.metadata.extra["aply_b_dec_to_input"] is True
+
+
+def test_unknown_architecture_and_newer_format(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    edit(folder, architecture="context_sae")
+    with pytest.raises(UnknownArchitectureError, match=r"unknown architecture 'context_sae'.* Known: gated, jumprelu"):
+        SAE.load_from_disk(folder)
+    edit(folder, architecture="topk", metadata={"sae_kit": {"format": 2}})
+    with pytest.raises(FormatTooNewError, match="written by format 2, this sae_kit reads up to 1"):
+        SAE.load_from_disk(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[1]", "expected a mapping with the key 'architecture'"),
+        ('{"architecture": "topk", "architecture": "gated"}', "key 'architecture' is given twice"),
+        ('{"architecture": "topk", "d_in": 2}', "lacks d_sae, dtype"),
+    ],
+)
+def test_broken_configs(tmp_path: Path, text: str, message: str) -> None:
+    folder = saved(tmp_path)
+    (folder / "cfg.json").write_text(text)
+    with pytest.raises(CorruptFileError, match=message):
+        SAE.load_from_disk(folder)
+
+
+def test_impossible_values_name_the_file(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    edit(folder, k=1000)
+    with pytest.raises(ConfigError, match=r"cfg.json: k must lie between 1 and d_sae = 96, found 1000"):
+        SAE.load_from_disk(folder)
+    edit(folder, k="8")
+    with pytest.raises(ConfigError, match=r"k: expected int, found '8'"):
+        SAE.load_from_disk(folder)
+
+
+def test_geometry_must_agree(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    metadata = json.loads((folder / "cfg.json").read_text())["metadata"]
+    metadata["sae_kit"]["geometry"]["out_shape"] = [32]
+    edit(folder, metadata=metadata)
+    with pytest.raises(CorruptFileError, match="geometry contradicts architecture 'topk' in out_shape"):
+        SAE.load_from_disk(folder)
+
+
+def test_a_scale_that_the_file_does_not_hold_is_warned_about(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "standard")
+    edit(folder, normalize_activations="expected_average_only_in")
+    with pytest.warns(UnknownScaleWarning, match="times a factor that the file does not hold"):
+        sae = SAE.load_from_disk(folder)
+    assert sae.norm_in.mode == "none"
+
+
+def test_counters_of_another_width(tmp_path: Path) -> None:
+    sae = make_sae("topk")
+    sae.tokens_seen += 1
+    folder = sae.save_model(tmp_path / "sae")
+    save_file({"firing_count": torch.zeros(3, dtype=torch.int64)}, folder / "sae_kit.safetensors")
+    with pytest.raises(CorruptFileError, match=r"expected firing_count as int64 \[96\], found \[3\]"):
+        SAE.load_from_disk(folder)
+
+
+def test_misspelt_metadata_is_an_error() -> None:
+    metadata = SAEMetadata()
+    with pytest.raises(AttributeError):
+        metadata.hok_name = "x"  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(TypeError, match="hok_name"):
+        SAEMetadata(hok_name="x")  # pyright: ignore[reportCallIssue]
+    with pytest.raises(AttributeError):
+        _ = metadata.hok_name  # pyright: ignore[reportAttributeAccessIssue]
