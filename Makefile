@@ -42,12 +42,12 @@ clean:
 # that depends on torch can replace it.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo "sae_kit needs Python 3.11 or newer, but '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 | head -n 1)." >&2; \
+	  echo "sae_kit needs Python 3.11 or newer, but '$(PYTHON) --version' says: $$($(PYTHON) --version 2>&1 | head -n 1)" >&2; \
 	  echo "Name another interpreter, for example: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "'$(PYTHON)' cannot make environments: its modules venv and ensurepip are missing." >&2; \
 	  echo "On Debian and Ubuntu they are the package python3-venv: apt install python3-venv" >&2; exit 1; }
-	@echo 'Installing into $(VENV); this happens once and takes a minute or two'
+	@echo 'Installing into $(VENV): a minute or two, and again only when pyproject.toml or constraints.txt changes'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
 	$(PIP) install --constraint $(VENV)/constraints.txt $(TORCH)

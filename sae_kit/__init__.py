@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sae_kit.hooked import HookedSAETransformer, SAETransformerBridge, attached
     from sae_kit.metadata import SAEMetadata
     from sae_kit.ops import SparseCodes
-    from sae_kit.registry import architectures, register
+    from sae_kit.registry import list_architectures, register
     from sae_kit.sae import SAE, SAEConfig
     from sae_kit.training.run import RunConfig, train
     from sae_kit.training.trainer import SAETrainer
@@ -45,7 +45,7 @@ _HOMES = {
     "sae_kit.hooked": ("HookedSAETransformer", "SAETransformerBridge", "attached"),
     "sae_kit.metadata": ("SAEMetadata",),
     "sae_kit.ops": ("SparseCodes",),
-    "sae_kit.registry": ("architectures", "register"),
+    "sae_kit.registry": ("list_architectures", "register"),
     "sae_kit.sae": ("SAE", "SAEConfig"),
     "sae_kit.training.run": ("RunConfig", "train"),
     "sae_kit.training.trainer": ("SAETrainer",),
@@ -72,8 +72,8 @@ __all__ = [
     "TopKSAE",
     "TopKSAEConfig",
     "__version__",
-    "architectures",
     "attached",
+    "list_architectures",
     "register",
     "train",
 ]

@@ -144,7 +144,7 @@ def _architecture_of(arguments: Sequence[str]) -> str:
 
 
 def _train_parser(architecture: str) -> argparse.ArgumentParser:
-    from sae_kit.registry import architectures
+    from sae_kit.registry import list_architectures
     from sae_kit.training.config import RunConfig
 
     parser = argparse.ArgumentParser(
@@ -160,11 +160,11 @@ def _train_parser(architecture: str) -> argparse.ArgumentParser:
     )
     short = parser.add_argument_group("a run of one SAE")
     for flag, (path, text) in SHORT_FLAGS.items():
-        names = f": {', '.join(architectures())}" if flag == "arch" else ""
+        names = f": {', '.join(list_architectures())}" if flag == "arch" else ""
         default = " (default: topk)" if flag == "arch" else ""
         short.add_argument(f"--{flag}", metavar=flag.upper(), help=f"{text}{names} [{path}]{default}")
     sae = parser.add_argument_group(f"the SAE ({architecture}; another --arch shows its own fields)")
-    _add_fields(sae, architectures()[architecture].config, "sae", leave_out=("metadata",))
+    _add_fields(sae, list_architectures()[architecture].config, "sae", leave_out=("metadata",))
     run = parser.add_argument_group("the run")
     for field in dataclasses.fields(RunConfig):
         section = typing.get_type_hints(RunConfig)[field.name]
@@ -184,7 +184,7 @@ def _add_fields(group: Any, cls: Any, prefix: str, leave_out: tuple[str, ...] = 
     for field in dataclasses.fields(cls):
         if field.name not in leave_out:
             nested = [h for h in _parts(typing.get_type_hints(cls)[field.name]) if dataclasses.is_dataclass(h)]
-            if nested and not typing.get_origin(typing.get_type_hints(cls)[field.name]) is tuple:
+            if nested and typing.get_origin(typing.get_type_hints(cls)[field.name]) is not tuple:
                 _add_fields(group, nested[0], f"{prefix}.{field.name}")
             else:
                 _add_field(group, f"{prefix}.{field.name}", docs.get(field.name, ""), field)
@@ -222,8 +222,6 @@ def _print_environment() -> None:
     lines.append(f"threads {torch.get_num_threads()}")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines += [f"cuda:{i} {name}" for i, name in enumerate(devices)] or ["no cuda device"]
-    if torch.backends.mps.is_available():
-        lines.append("mps is available")
     print("\n".join(lines))  # noqa: T201
 
 

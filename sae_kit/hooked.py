@@ -8,7 +8,7 @@ import functools
 import importlib
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -90,7 +90,7 @@ class _SAEMethods:
     @contextmanager
     def saes(
         self, saes: SAEs = (), reset_saes_end: bool = True, use_error_term: bool | None = None
-    ) -> Generator[Self, None, None]:
+    ) -> Generator[Any, None, None]:
         """Attach SAEs for the length of a `with` block, or, with `reset_saes_end=False`, from it on."""
         attachment = attach(_module(self), saes, use_error_term, record=())
         try:

@@ -40,7 +40,7 @@ def register(name: str, config: type[SAEConfig]) -> Callable[[S], S]:
     return decorate
 
 
-def architectures() -> Mapping[str, Architecture]:
+def list_architectures() -> Mapping[str, Architecture]:
     """All registered architectures by name, in the order of their names."""
     importlib.import_module("sae_kit.architectures")  # importing the folder registers its files
     return MappingProxyType(dict(sorted(_REGISTRY.items())))
@@ -52,7 +52,7 @@ def get_architecture(name: str) -> Architecture:
     Raises:
         UnknownArchitectureError: no such name; the message lists those that there are.
     """
-    known = architectures()
+    known = list_architectures()
     if name not in known:
         raise UnknownArchitectureError(
             f"unknown architecture {name!r}.{did_you_mean(str(name), known)} Known: {', '.join(known)}"

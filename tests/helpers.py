@@ -5,16 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_kit import architectures
+from sae_kit import list_architectures
 from sae_kit.sae import SAE, SAEConfig
 
-ARCHITECTURES = tuple(architectures())
+ARCHITECTURES = tuple(list_architectures())
 D_IN, D_SAE = 32, 96
 
 
 def make_config(name: str, **fields: Any) -> SAEConfig:
     """The default config of an architecture at the tests' size; fields that it lacks are left out."""
-    cls = architectures()[name].config
+    cls = list_architectures()[name].config
     defaults: dict[str, Any] = {"d_in": D_IN, "d_sae": D_SAE}
     if name == "topk":
         defaults["k"] = 8

@@ -24,7 +24,9 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
     blocks = python_blocks(ROOT / page)
     assert blocks
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry.architectures()))  # what a page registers ends with it
+    monkeypatch.setattr(
+        registry, "_REGISTRY", dict(registry.list_architectures())
+    )  # what a page registers ends with it
     module = types.ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
     for block in blocks:

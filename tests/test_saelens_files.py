@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import load_file
 
 from sae_kit import SAE
-from sae_kit.registry import architectures
+from sae_kit.registry import list_architectures
 
 GOLDEN = sorted((Path(__file__).parent / "golden" / "saelens").iterdir())
 assert_close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
 
 def test_golden_folders_cover_every_architecture() -> None:
-    assert {SAE.load_from_disk(folder).cfg.architecture for folder in GOLDEN} == set(architectures())
+    assert {SAE.load_from_disk(folder).cfg.architecture for folder in GOLDEN} == set(list_architectures())
 
 
 @pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)

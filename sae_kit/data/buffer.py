@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -91,9 +92,10 @@ class MixingBuffer:
         self._rows = {
             site: torch.empty(capacity, width, dtype=dtypes[site], device=device) for site, width in widths.items()
         }
-        # The numbers of all slots, first the occupied ones, then the free ones. On the CPU, as is the generator:
-        # the draw is the same on every device, and never waits for one.
-        self._slots = torch.arange(capacity, dtype=torch.int32)
+        # The numbers of all slots, first the occupied ones, then the free ones. In numpy: the draw is the same on
+        # every device and waits for none, and so small an operation is not worth torch's threads.
+        self._slots = np.arange(capacity, dtype=np.int32)
+        self._scratch = np.empty(capacity, dtype=np.int32)
         self._generator = generator
         self._shuffle = shuffle
         self._untouched = True
@@ -114,7 +116,7 @@ class MixingBuffer:
         number = len(next(iter(rows.values())))
         if number > self.free:
             raise ShapeError(f"{number} rows do not fit: {self.free} of {self.capacity} slots are free")
-        slots = self._slots[self.count : self.count + number].long()
+        slots = torch.from_numpy(self._slots[self.count : self.count + number].astype(np.int64))
         for site, stored in self._rows.items():
             if rows[site].shape != (number, stored.shape[1]):
                 raise ShapeError(f"expected {(number, stored.shape[1])} at {site!r}, found {tuple(rows[site].shape)}")
@@ -126,7 +128,7 @@ class MixingBuffer:
         if not 0 < number <= self.count:
             raise ShapeError(f"expected to take 1 to {self.count} rows, found {number}")
         self._untouched = False
-        slots = self._draw(number)
+        slots = torch.from_numpy(self._draw(number).astype(np.int64))
         return {site: stored.index_select(0, slots.to(stored.device)) for site, stored in self._rows.items()}
 
     def peek(self, number: int) -> dict[str, Float[Tensor, "rows _"]]:
@@ -139,36 +141,34 @@ class MixingBuffer:
             raise RuntimeError("peek shows the first rows: call it before the first batch is taken")
         return {site: stored[: min(number, self.count)] for site, stored in self._rows.items()}
 
-    def _draw(self, number: int) -> Int[Tensor, " rows"]:
+    def _draw(self, number: int) -> Int[np.ndarray, " number"]:
         if not self._shuffle:
-            drawn = self._slots[:number].long()
-            self._slots = self._slots.roll(-number)
+            drawn = self._slots[:number].copy()
+            self._slots = np.roll(self._slots, -number)
             self.count -= number
             return drawn
-        places = _sample(self.count, number, self._generator)
+        places = self._sample(number)
         drawn = self._slots[places]
         # The drawn numbers change places with those at the end of the occupied part, which then becomes free.
         edge = self.count - number
-        stays = torch.ones(number, dtype=torch.bool)
+        stays = np.ones(number, dtype=bool)
         stays[places[places >= edge] - edge] = False
-        movers = stays.nonzero().squeeze(1) + edge
+        movers = np.flatnonzero(stays) + edge
         holes = places[places < edge]
         self._slots[holes], self._slots[movers] = self._slots[movers], self._slots[holes]
         self.count = edge
-        return drawn.long()
+        return drawn
 
-
-def _sample(population: int, number: int, generator: torch.Generator) -> Int[Tensor, " number"]:
-    """`number` distinct integers below `population`, every arrangement equally likely; O(number) for small shares."""
-    if 4 * number > population:
-        return torch.randperm(population, generator=generator)[:number]
-    while True:
-        # Independent draws without their repetitions are a sample without replacement. A quarter of the population
-        # takes 1.15 draws a number, fewer take less, so this surplus is practically always enough.
-        draws = torch.randint(population, (number + number // 4 + 64,), generator=generator)
-        values, origin = draws.sort(stable=True)
-        first = torch.ones_like(values, dtype=torch.bool)
-        first[1:] = values[1:] != values[:-1]
-        kept = origin[first].sort().values
-        if len(kept) >= number:
-            return draws[kept[:number]]
+    def _sample(self, number: int) -> Int[np.ndarray, " number"]:
+        """Distinct integers below `count`, every arrangement equally likely; O(number) while that is a small share."""
+        if 4 * number > self.count:
+            return torch.randperm(self.count, generator=self._generator)[:number].numpy()
+        while True:
+            # Independent draws without their repetitions are a sample without replacement. A quarter of the population
+            # takes 1.15 draws a number, fewer take less, so this surplus is practically always enough.
+            draws = torch.randint(self.count, (number + number // 4 + 64,), generator=self._generator).numpy()
+            turns = np.arange(len(draws), dtype=np.int32)
+            self._scratch[draws] = turns  # of a number drawn twice, its last turn stays
+            distinct = draws[self._scratch[draws] == turns]
+            if len(distinct) >= number:
+                return distinct[:number]

@@ -4,18 +4,17 @@ A TopK SAE, 16 times as wide as the demo model's residual stream, is trained on 
 million tokens of the standard library, evaluated on held-out modules, saved, and shown at work.
 """
 
-import json
 import logging
 import shutil
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from sae_kit import config as trees
-from sae_kit.demo import corpus, load_model, load_tokenizer
-from sae_kit.demo.show import strongest_contexts, table_of_contexts
+from sae_kit.data.tokens import DataConfig, Source, held_out_rows
+from sae_kit.demo import load_model, load_tokenizer
+from sae_kit.demo.show import activations, choose_latents, describe, render
 from sae_kit.errors import OutputExistsError
 from sae_kit.training.config import RunConfig
 from sae_kit.training.run import RunResult, run, write_json
@@ -23,6 +22,8 @@ from sae_kit.training.run import RunResult, run, write_json
 log = logging.getLogger(__name__)
 
 HOOK = "blocks.2.hook_resid_pre"
+CONTEXT = 256
+SHOWN_ROWS, SHOWN_LATENTS = 400, 10
 CONFIG = {
     "model": "demo",
     "dataset": "demo",
@@ -53,8 +54,13 @@ def demo(out: Path, *, seed: int = 0, console: Console | None = None) -> RunResu
     write_json(out / "metrics.json", metrics)
     console.print(_table_of_metrics(metrics, result))
     model, tokenizer = load_model(), load_tokenizer()
-    found = strongest_contexts(result.saes["sae"], model, tokenizer, corpus().held_out)
-    console.print(table_of_contexts(found, tokenizer, console))
+    data = DataConfig(sources=(Source(path="demo"),), context_size=CONTEXT)
+    found = activations(
+        result.saes["sae"], model, held_out_rows(data, tokenizer, SHOWN_ROWS, context_size=CONTEXT, seed=seed)
+    )
+    console.print()
+    console.print("Ten latents and where they are strongest in held-out modules:", style="bold")
+    console.print(render([describe(found, index) for index in choose_latents(found, SHOWN_LATENTS)], tokenizer))
     console.print(f"The SAE is in {out / 'saes' / 'sae'}; open it with SAE.load_from_disk.", highlight=False)
     return result
 
@@ -105,9 +111,17 @@ def _table_of_metrics(metrics: dict[str, float | int | None], result: RunResult)
     rows = [
         ("explained variance", f"{metrics['explained_variance']:.3f}", "held-out modules; 1 is exact"),
         ("L0", f"{metrics['l0']:.1f}", "latents on per token, of 2,048"),
-        ("CE score", f"{metrics['ce_loss_score']:.3f}", f"loss {ce[0]} nats, {ce[1]} with the SAE, {ce[2]} without the site"),
+        (
+            "CE score",
+            f"{metrics['ce_loss_score']:.3f}",
+            f"loss {ce[0]} nats, {ce[1]} with the SAE, {ce[2]} without the site",
+        ),
         ("dead latents", f"{metrics['dead_fraction']:.1%}", "silent for the last tenth of training"),
-        ("trained on", f"{metrics['train_tokens']:,} tokens", f"{metrics['tokens_per_second']:,.0f} tokens/s, model included"),
+        (
+            "trained on",
+            f"{metrics['train_tokens']:,} tokens",
+            f"{metrics['tokens_per_second']:,.0f} tokens/s, model included",
+        ),
     ]
     for row in rows:
         table.add_row(*row)

@@ -1,22 +1,28 @@
 """What latents respond to, in the terminal: their strongest contexts, coloured by activation."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from rich.console import Console
-from rich.table import Table
+from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.text import Text
 from torch import Tensor, nn
 
 from sae_kit.data.capture import capture
+from sae_kit.ops import SparseCodes
 from sae_kit.sae import SAE
 
-ROWS = 256  # contexts searched
-BEFORE, AFTER = 10, 4  # tokens shown around the strongest one
-CONTEXTS = 4
-LATENTS = 10
+ROWS_PER_FORWARD = 64
+BEFORE, AFTER = 12, 5  # tokens shown around the strongest one
+CONTEXTS = 4  # of each latent, from different rows
+RAREST, MOST_FREQUENT = (
+    3e-4,
+    1e-2,
+)  # share of tokens; a latent seen too rarely proves nothing, a frequent one is a mixture
+WARM = "#f5b942"
 
 
 class Context(NamedTuple):
@@ -32,13 +38,105 @@ class Latent(NamedTuple):
     index: int
     density: float
     """share of tokens on which it is on"""
+    maximum: float
     contexts: list[Context]
 
 
-def strongest_contexts(sae: SAE, model: nn.Module, tokenizer: Any, documents: Sequence[str]) -> list[Latent]:
-    """Ten latents with their strongest contexts in `documents`, from the rarest to the most frequent."""
-    raise NotImplementedError
+class Activations(NamedTuple):
+    """Codes of every token of some rows."""
+
+    rows: Int[Tensor, "rows context"]
+    codes: SparseCodes
 
 
-def table_of_contexts(latents: Sequence[Latent], tokenizer: Any, console: Console) -> Table:
-    raise NotImplementedError
+@torch.no_grad()
+def activations(sae: SAE, model: nn.Module, rows: Int[Tensor, "rows context"]) -> Activations:
+    """Sparse codes of all tokens but the first of each row, which only begins it."""
+    hook = sae.cfg.metadata.hook_name
+    assert hook is not None
+    parts = [sae.encode_sparse(capture(model, [hook], part)[hook][:, 1:]) for part in rows.split(ROWS_PER_FORWARD)]
+    values = torch.cat([part.values for part in parts])
+    indices = torch.cat([part.indices for part in parts])
+    return Activations(rows, SparseCodes(values, indices, sae.d_sae, (len(rows), rows.shape[1] - 1)))
+
+
+def choose_latents(found: Activations, number: int) -> list[int]:
+    """Latents to show: of middling frequency, the strongest first, no two with their maximum on the same token."""
+    codes = found.codes
+    tokens = codes.n_rows
+    density = codes.firing_counts() / tokens
+    strongest = torch.zeros(codes.d_sae).scatter_reduce(0, codes.indices.flatten(), codes.values.flatten(), "amax")
+    fits = (density >= RAREST) & (density <= MOST_FREQUENT)
+    chosen: list[int] = []
+    taken: set[int] = set()
+    for index in torch.where(fits, strongest, -1.0).argsort(descending=True).tolist():
+        if len(chosen) == number or not fits[index]:
+            break
+        peak, _ = next(_peaks(found, index))
+        token = int(found.rows[peak])
+        if token not in taken:
+            taken.add(token)
+            chosen.append(index)
+    return chosen
+
+
+def describe(found: Activations, index: int) -> Latent:
+    """A latent's density and its strongest contexts, from different rows and of different text."""
+    contexts: list[Context] = []
+    rows, texts = set[int](), set[tuple[int, ...]]()
+    maximum = 0.0
+    for (row, position), value in _peaks(found, index):
+        maximum = max(maximum, value)
+        context = _context(found, index, row, position)
+        text = tuple(context.ids.tolist())
+        if row not in rows and text not in texts:  # source code repeats itself
+            rows.add(row)
+            texts.add(text)
+            contexts.append(context)
+        if len(contexts) == CONTEXTS:
+            break
+    on = int(found.codes.firing_counts()[index])
+    return Latent(index, on / found.codes.n_rows, maximum, contexts)
+
+
+def _peaks(found: Activations, index: int) -> Iterator[tuple[tuple[int, int], float]]:
+    """Where a latent is on, strongest first: (row, position), value."""
+    place, entry = (found.codes.indices == index).nonzero(as_tuple=True)
+    values = found.codes.values[place, entry]
+    width = found.rows.shape[1] - 1
+    for at in values.argsort(descending=True).tolist():
+        row, position = divmod(int(place[at]), width)
+        yield (row, position + 1), values[at].item()
+
+
+def _context(found: Activations, index: int, row: int, position: int) -> Context:
+    start, stop = max(position - BEFORE, 1), min(position + AFTER + 1, found.rows.shape[1])
+    width = found.rows.shape[1] - 1
+    places = slice(row * width + start - 1, row * width + stop - 1)
+    on = (found.codes.indices[places] == index) * found.codes.values[places]
+    return Context(found.rows[row, start:stop], on.sum(dim=1))
+
+
+def render(latents: list[Latent], tokenizer: Any) -> RenderableType:
+    """Each latent as a heading and its contexts on one line each, the background as warm as the activation is strong."""
+    parts: list[RenderableType] = []
+    for latent in latents:
+        parts.append(Text(f"latent {latent.index}   on {latent.density:.2%} of tokens", style="bold"))
+        parts += [
+            Padding(_line(context, latent.maximum, tokenizer), (0, 0, 0, 2), expand=False) for context in latent.contexts
+        ]
+    return Group(*parts)
+
+
+def _line(context: Context, maximum: float, tokenizer: Any) -> Text:
+    line = Text(no_wrap=True, overflow="ellipsis")
+    for token, act in zip(context.ids.tolist(), context.acts.tolist(), strict=True):
+        text = re.sub(" {3,}", "  ", tokenizer.decode([token]).replace("\n", "⏎").replace("\t", "⇥"))
+        line.append(text, style=_warmth(act / maximum) if act > 0 else "dim")
+    return line
+
+
+def _warmth(share: float) -> str:
+    """Black on a background between the terminal's dark and full amber."""
+    red, green, blue = (round(40 + (int(WARM[i : i + 2], 16) - 40) * share) for i in (1, 3, 5))
+    return f"{'black' if share > 0.4 else 'white'} on #{red:02x}{green:02x}{blue:02x}"

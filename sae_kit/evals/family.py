@@ -71,7 +71,7 @@ def family(name: str) -> Callable[[F], F]:
     return decorate
 
 
-def ratio(numerator: float, denominator: float, least: float = 0.0) -> float | None:
+def ratio(numerator: float | int, denominator: float | int, least: float = 0.0) -> float | None:
     """The quotient, or None if the denominator is not above `least` or the quotient is not finite."""
     if not denominator > least:
         return None

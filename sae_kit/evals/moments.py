@@ -1,7 +1,5 @@
 """Accumulators on the device, in float64: no update waits for it, and any order of merging gives the same numbers."""
 
-from typing import Self
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -27,7 +25,7 @@ class Moments:
             mean = wide.mean(0)
             self._add(len(rows), mean, (wide - mean).square().sum())
 
-    def merge(self, other: Self) -> None:
+    def merge(self, other: "Moments") -> None:
         """Take in all that `other` has seen."""
         if other.n:
             self._add(other.n, other.mean.to(self.mean.device), other.m2.to(self.m2.device))
@@ -52,7 +50,7 @@ class Sums:
         """Add the sum of each tensor, of any shape, to the total of its name; every name is given."""
         self._totals = self._totals + torch.stack([values[name].sum(dtype=torch.float64) for name in self.names])
 
-    def merge(self, other: Self) -> None:
+    def merge(self, other: "Sums") -> None:
         """Add the totals of `other`."""
         self._totals = self._totals + other._totals.to(self._totals.device)
 

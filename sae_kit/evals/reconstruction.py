@@ -43,14 +43,14 @@ class Reconstruction(Family[EvalStep]):
     def update(self, step: EvalStep) -> None:
         wide = torch.promote_types(torch.promote_types(step.y.dtype, step.y_hat.dtype), torch.float32)
         y, y_hat = step.y.to(wide), step.y_hat.to(wide)
-        dot = (y * y_hat).sum(1)
-        norm_in, norm_out = torch.linalg.vector_norm(y, dim=1), torch.linalg.vector_norm(y_hat, dim=1)
+        dot, square_in, square_out = (y * y_hat).sum(1), y.square().sum(1), y_hat.square().sum(1)
+        norm_in, norm_out = square_in.sqrt(), square_out.sqrt()
         both = (norm_in > 0) & (norm_out > 0)
         self.moments.update(step.y)
         self.sums.add(
             error=(y - y_hat).square().sum(1),
-            square_in=norm_in.square(),
-            square_out=norm_out.square(),
+            square_in=square_in,
+            square_out=square_out,
             dot=dot,
             norm_in=norm_in,
             norm_out=norm_out,

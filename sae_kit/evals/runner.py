@@ -7,7 +7,7 @@ also gives the activations, one ablated forward per site and one spliced forward
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,8 +20,6 @@ from sae_kit.evals.fidelity import FidelityStep, Positions
 from sae_kit.evals.moments import Moments
 from sae_kit.sae import SAE
 from sae_kit.splicing import observed, replaced, site_of, spliced_sites
-
-Ablation = Literal["zero", "mean"]
 
 TOKENS_PER_FORWARD = 4_096
 TOKENS_PER_STEP = 4_096  # encoded at once: what an encoder makes on the way is [tokens, d_sae]
@@ -74,14 +72,15 @@ def evaluate(
     excluded_ids: Collection[int] = (),
     metrics: Collection[str] = ("reconstruction", "sparsity", "fidelity"),
     fidelity_tokens: int = 200_000,
-    ablation: Ablation = "zero",
+    ablation: str = "zero",
     rows_per_forward: int | None = None,
 ) -> EvalReport:
     """Evaluate SAEs, each at the site that its metadata names and as `to_inference()`, on rows of token ids.
 
     Positions whose id is in `excluded_ids` count in no sum and keep the model's own activation in every forward.
-    Fidelity is measured on the first `fidelity_tokens` of the rows. One SAE is called "sae" in the report. The model,
-    the SAEs and the random generators are left as they were.
+    Fidelity is measured on the first `fidelity_tokens` of the rows, against an `ablation` that writes "zero" or the
+    "mean" activation. One SAE is called "sae" in the report. The model, the SAEs and the random generators are left as
+    they were.
 
     Raises:
         ConfigError: an unknown metric or ablation, an SAE without a site, or a model with SAEs attached.
@@ -120,7 +119,7 @@ class _Pass:
         model: nn.Module,
         subjects: list[_Subject],
         excluded_ids: Collection[int],
-        ablation: Ablation,
+        ablation: str,
         rows_per_forward: int | None,
     ) -> None:
         self._model, self._subjects, self._excluded = model, subjects, excluded_ids

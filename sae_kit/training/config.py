@@ -42,7 +42,7 @@ class TrainConfig:
     batch_tokens: int = 4096
     """rows in each step of the optimizer"""
     device: str = "auto"
-    """device of the SAEs; auto = cuda, mps or cpu, the first there is"""
+    """device of the SAEs; auto = cuda where there is one, else cpu"""
     dead_after_tokens: Tokens | None = None
     """for SAEs that set none; None = the smaller of 10M and a tenth of the run"""
     density_window_tokens: int = 1_000_000

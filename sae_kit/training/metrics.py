@@ -63,7 +63,7 @@ class TrainingMetrics:
     def compute(self) -> dict[str, float | int]:
         """Values by name; starts a new window."""
         sae, rows = self._sae, max(self._rows, 1)
-        total = self._target.squares().item()
+        total = self._target.m2.item()
         fvu = self._squared_error.item() / total if total > 0 else float("nan")
         terms = {f"losses/{name}": value.item() / rows for name, value in self._terms.items()}
         dead = self._dead.mask().sum().item()

@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 
 from sae_kit import config as trees
 from sae_kit.data.capture import load_model, resolve, site_width
 from sae_kit.data.store import ActivationsStore, default_context
 from sae_kit.data.tokens import excluded_ids, held_out_rows
 from sae_kit.errors import ConfigError, OutputExistsError, ShapeError
-from sae_kit.evals import evaluate
+from sae_kit.evals import Metrics, evaluate
 from sae_kit.metadata import SAEMetadata
 from sae_kit.sae import SAE, SAEConfig
 from sae_kit.seeding import derive_seed
@@ -33,10 +34,6 @@ from sae_kit.training.trainer import SAETrainer, TrainingResult
 
 log = logging.getLogger(__name__)
 
-Report = Mapping[str, Mapping[str, float | None]]
-"""Metrics of one SAE: group -> name -> value, None where it is undefined."""
-
-
 @dataclass(frozen=True)
 class RunResult:
     """What a run leaves in memory; the same is in `folder`."""
@@ -44,7 +41,7 @@ class RunResult:
     folder: Path
     saes: dict[str, SAE]
     """in the form for use: scales and norms folded"""
-    evals: dict[str, Report]
+    evals: dict[str, Metrics]
     """held-out evaluation by SAE; empty if it was switched off"""
     training: TrainingResult
 
@@ -110,6 +107,7 @@ def run(
         tokenizer=tokenizer,
         documents=documents,
     )
+    held_out = _held_out(cfg, model, tokenizer, documents)  # now, so that too little text is found before training
     sinks: list[Callback] = [Console()] if cfg.log.console else []
     if cfg.log.jsonl:
         sinks.append(JSONL(folder / "metrics.jsonl"))
@@ -121,25 +119,29 @@ def run(
     finally:
         store.close()
     final = {name: sae.to_inference() for name, sae in training.saes.items()}
-    evals: dict[str, Report] = {}
-    if cfg.eval.at_end and not isinstance(documents, Iterator):
-        evals = _evaluate(cfg, final, model, tokenizer, documents)
-    elif cfg.eval.at_end:
-        log.warning(
-            "no held-out evaluation: an iterator of texts can be read only once; pass a list or another iterable"
-        )
-    dead = {name: part.dead_fraction() for name, part in trainer.parts.items()}
     for name, sae in final.items():
-        l0 = evals.get(name, {}).get("sparsity", {}).get("l0")
-        sae.cfg.metadata.l0 = l0
-        sae.cfg.metadata.num_dead_features = round(dead[name] * sae.d_sae)
-        sae.save_model(folder / "saes" / name)
+        sae.cfg.metadata.num_dead_features = int(trainer.parts[name].dead.mask().sum())
+        sae.save_model(folder / "saes" / name)  # before the evaluation, which may fail
+    evals: dict[str, Metrics] = {}
+    if held_out is not None:
+        evals = evaluate(
+            final,
+            model,
+            held_out,
+            excluded_ids=excluded_ids(cfg.data.exclude, tokenizer),
+            fidelity_tokens=cfg.eval.fidelity_tokens,
+            ablation=cfg.eval.ablation,
+            rows_per_forward=cfg.data.rows_per_forward,
+        ).metrics
+        for name, sae in final.items():
+            sae.cfg.metadata.l0 = evals[name]["sparsity"]["l0"]
+            sae.save_model(folder / "saes" / name)
     results = {
         name: {
             "config": trees.unstructure(cfg.saes[name]),
             "tokens": training.tokens,
             "tokens_per_second": training.tokens_per_second,
-            "dead_fraction": dead[name],
+            "dead_fraction": trainer.parts[name].dead_fraction(),
             "evals": evals.get(name),
         }
         for name in final
@@ -188,22 +190,19 @@ def _complete(cfg: RunConfig, entry: SAEEntry, width: int, model: nn.Module, tok
     )
 
 
-def _evaluate(
-    cfg: RunConfig, saes: Mapping[str, SAE], model: nn.Module, tokenizer: Any, documents: Iterable[str] | None
-) -> dict[str, Report]:
+def _held_out(
+    cfg: RunConfig, model: nn.Module, tokenizer: Any, documents: Iterable[str] | None
+) -> Int[Tensor, "rows context"] | None:
+    """Rows of text that training never sees; None if the run evaluates nothing."""
+    if not cfg.eval.at_end:
+        return None
+    if isinstance(documents, Iterator):
+        log.warning("no held-out evaluation: an iterator of texts can be read only once; pass a list or another iterable")
+        return None
     context = cfg.data.context_size or default_context(model)
     wanted = cfg.eval.tokens or min(200_000, max(16_384, cfg.train.tokens // 200))
-    rows = held_out_rows(
+    return held_out_rows(
         cfg.data, tokenizer, max(wanted // context, 1), context_size=context, documents=documents, seed=cfg.seed
-    )
-    return evaluate(
-        saes,
-        model,
-        rows,
-        excluded_ids=excluded_ids(cfg.data.exclude, tokenizer),
-        fidelity_tokens=cfg.eval.fidelity_tokens,
-        ablation=cfg.eval.ablation,
-        rows_per_forward=cfg.data.rows_per_forward,
     )
 
 

@@ -221,9 +221,5 @@ def dead_after(sae: SAE, cfg: RunConfig) -> int:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first of cuda, mps and cpu that there is."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """`auto` is cuda where there is one, else cpu: statistics are in float64, which mps lacks."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)

@@ -193,7 +193,7 @@ def once(*items: Any) -> Iterator[Any]:
         ([], "expected text, found 0 documents"),
         ([None, ""], "found 2 documents, 2 of them empty"),
         (once(), "expected text, found 0 documents"),
-        (["w1", 5], "expected text, found int in document 2"),
+        (once("w1", 5), "expected text, found int in document 2"),
         (["w1 w2", "w3"], "all its text fills 5 of the 8 places of one row"),
         (once("w1 w2"), "all its text fills 3 of the 8 places"),
     ],

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from sae_kit import SAE, SAEMetadata
-from sae_kit.registry import architectures
+from sae_kit.registry import list_architectures
 
 D_IN, D_SAE, HEADS, ROWS = 16, 64, 4, 32
 SCALED = {"normalize_activations": "expected_average_only_in"}
@@ -35,7 +35,7 @@ def build(name: str, fields: dict[str, Any], rows: torch.Tensor, rng: torch.Gene
     """An SAE in the middle of training: random parameters, unequal decoder norms, a scale, counted latents."""
     hook = "blocks.1.attn.hook_z" if name.endswith("hook_z") else "blocks.1.hook_resid_post"
     metadata = SAEMetadata(model_name="a-model", hook_name=hook, context_size=128, prepend_bos=True)
-    config = architectures()[name.split("_")[0]].config
+    config = list_architectures()[name.split("_")[0]].config
     sae = config(d_in=D_IN, d_sae=D_SAE, metadata=metadata, **SCALED, **fields).build()
     for key, parameter in sae.named_parameters():
         values = torch.randn(parameter.shape, generator=rng) * (0.3 if parameter.ndim == 2 else 0.2)

@@ -1,0 +1,66 @@
+"""Learning rates in tokens: ends, warm-up, parts of length zero."""
+
+import pytest
+
+from sae_kit.errors import ConfigError
+from sae_kit.training.schedules import ScheduleConfig, linear_warm_up
+
+TOTAL, BATCH = 1000, 10
+
+
+def factors(**fields: object) -> list[float]:
+    schedule = ScheduleConfig(**fields).build(TOTAL)  # pyright: ignore[reportArgumentType]
+    return [schedule.factor(tokens, BATCH) for tokens in range(0, TOTAL, BATCH)]
+
+
+def test_wsd_warms_up_holds_and_decays() -> None:
+    found = factors(warm_up_tokens=100)
+    assert found[:3] == pytest.approx([0.1, 0.2, 0.3])
+    assert found[10:80] == pytest.approx([1.0] * 70)
+    assert found[90] == pytest.approx(0.5)
+    assert found[-1] == pytest.approx(BATCH / 200)
+
+
+def test_constant_never_moves() -> None:
+    assert factors(name="constant", warm_up_tokens=0) == [1.0] * 100
+
+
+@pytest.mark.parametrize(("name", "middle"), [("cosine", 0.6), ("linear", 0.6)])
+def test_main_parts_end_at_their_ratio(name: str, middle: float) -> None:
+    found = factors(name=name, warm_up_tokens=0, end_ratio=0.2)
+    assert found[0] == 1.0
+    assert found[50] == pytest.approx(middle)
+    assert found[-1] == pytest.approx(0.2, abs=0.01)
+    assert found == sorted(found, reverse=True)
+
+
+def test_decay_follows_the_main_part() -> None:
+    found = factors(name="linear", warm_up_tokens=0, decay_tokens="10%", end_ratio=0.5, decay_end_ratio=0.5)
+    assert found[90] == pytest.approx(0.5)
+    assert found[-1] == pytest.approx(0.5 * (0.5 + 0.5 * BATCH / 100))
+
+
+@pytest.mark.parametrize("name", ["wsd", "constant", "cosine", "linear"])
+@pytest.mark.parametrize(("warm_up", "decay"), [(0, 0), (1000, 0), (0, 1000), (500, 500), (1, 1)])
+def test_any_lengths_work(name: str, warm_up: int, decay: int) -> None:
+    found = factors(name=name, warm_up_tokens=warm_up, decay_tokens=decay)
+    assert all(0 <= factor <= 1 for factor in found)
+    assert max(found) > 0
+
+
+def test_parts_must_fit() -> None:
+    with pytest.raises(
+        ConfigError, match=r"warm-up \(600 tokens\) and decay \(500\) do not fit into train.tokens = 1,000"
+    ):
+        factors(warm_up_tokens=600, decay_tokens="50%")
+
+
+@pytest.mark.parametrize("name", ["wsd", "constant"])
+def test_a_field_without_effect_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"end_ratio has no meaning in the {name} schedule"):
+        factors(name=name, end_ratio=0.1)
+
+
+def test_warm_up_of_length_zero_is_over() -> None:
+    assert linear_warm_up(0, 0) == 1
+    assert [linear_warm_up(t, 100) for t in (0, 25, 100, 1000)] == [0, 0.25, 1, 1]
