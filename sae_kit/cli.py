@@ -79,7 +79,9 @@ def _train(arguments: Sequence[str]) -> None:
 
 
 def parse_train(arguments: Sequence[str]) -> dict[str, Any]:
-    """The config tree of `sae-kit train [FILE] [FIELD=VALUE ...] [--FIELD VALUE ...]`; the last word on a field counts.
+    """The config tree of `sae-kit train [FILE] [FIELD=VALUE ...] [--FIELD VALUE ...]`.
+
+    Flags beat overrides, and overrides beat the file.
 
     Raises:
         UnknownConfigKeyError, ConfigError: see `sae_kit.config`.
@@ -150,7 +152,7 @@ def _train_parser(architecture: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sae-kit train",
         usage="sae-kit train [FILE.yaml] [FIELD=VALUE ...] [--FIELD VALUE ...]",
-        description="Train SAEs. A value is written as in YAML; 'none' is None; a share of the run is written '5%%'.",
+        description="Train SAEs. A value is written as in YAML; 'none' is None; a share of the run is written '5%'.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=120),

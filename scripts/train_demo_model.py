@@ -49,6 +49,28 @@ CONFIG = LlamaConfig(
 )
 EVALUATE_EVERY, SAVE_EVERY = 1_000, 250  # steps
 
+MODEL_CARD = """\
+# The demo language model of sae_kit
+
+A small Llama that writes Python, so that everything in sae_kit can be tried on a real model with no network and no GPU.
+
+| | |
+|---|---|
+| architecture | Llama: 4 layers, d_model 128, 4 heads, MLP 384, context 256, tied embeddings, {parameters:,} parameters, float16 |
+| tokenizer | byte-level BPE, 2,048 tokens, trained on the training modules; `<|endoftext|>` is BOS and EOS |
+| data | source of the standard library of Python {python}, its tests included: {train_modules:,} modules, {train_megabytes:.1f} MB; near-copies left out |
+| split | by content hash, 5%: {held_out_modules} modules held out (`sae_kit.demo.corpus()`) |
+| training | {tokens_seen:,} tokens, Muon and AdamW, seed {seed}, torch {torch} |
+| loss, training modules | {train_loss:.3f} nats per token, {train_bits_per_byte:.3f} bits per byte |
+| loss, held-out modules | {held_out_loss:.3f} nats per token, {held_out_bits_per_byte:.3f} bits per byte |
+
+Every row begins with BOS, also in the middle of a module. With another version of Python the held-out modules are not quite the same ones, so some
+of their text may have been trained on.
+
+`scripts/train_demo_model.py` makes it again. The text is the Python Software Foundation's, under the PSF licence; the weights come under the licence
+of sae_kit.
+"""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -117,6 +139,7 @@ def main() -> None:
         "train_bits_per_byte": train_nats / math.log(2) * len(train_ids) / train_bytes,
         "held_out_loss": mean_nats(model, held_out_ids),
         "held_out_bits_per_byte": bits_per_byte(model, held_out_ids, held_out_bytes),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "train_modules": len(text.train),
         "held_out_modules": len(text.held_out),
         "train_megabytes": train_bytes / 1e6,
@@ -242,6 +265,9 @@ def write(model: LlamaForCausalLM, tokenizer: Tokenizer, facts: dict[str, object
     )
     wrapped.save_pretrained(out)
     (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (out / "README.md").write_text(MODEL_CARD.format(**facts))
+    for path in out.iterdir():
+        path.chmod(0o644)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ model or imports its library: a TransformerLens host is known by its `hook_dict`
 | `("model.layers.8", "in")` | the same, as the pair that other libraries store |
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -266,7 +267,8 @@ def load_model(cfg: ModelConfig) -> tuple[nn.Module, Any]:
         if cfg.dtype == "auto" and not device.startswith("cpu"):
             dtype = getattr(AutoConfig.from_pretrained(name, revision=cfg.revision), "dtype", None) or dtype
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        model = TransformerBridge.boot_transformers(name, device=device, dtype=dtype, revision=cfg.revision)
+        with _bars(shown=cfg.name != "demo"):
+            model = TransformerBridge.boot_transformers(name, device=device, dtype=dtype, revision=cfg.revision)
         if cfg.tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(name, revision=cfg.revision)
         else:
@@ -274,6 +276,21 @@ def load_model(cfg: ModelConfig) -> tuple[nn.Module, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read model {cfg.name!r} or its tokenizer: {str(error).splitlines()[0]}") from error
     return model.eval().requires_grad_(False), tokenizer
+
+
+@contextmanager
+def _bars(shown: bool) -> Generator[None, None, None]:
+    """Loading bars of transformers: the demo's model is there before one could be read."""
+    from transformers.utils import logging as messages
+
+    before = messages.is_progress_bar_enabled()
+    if not shown:
+        messages.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            messages.enable_progress_bar()
 
 
 def _demo_folder() -> str:

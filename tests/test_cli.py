@@ -1,0 +1,138 @@
+"""The command line, in processes of its own where exit codes and streams matter."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sae_kit import RunConfig, __version__, list_architectures
+from sae_kit.cli import main, parse_train
+from sae_kit.errors import ConfigError, UnknownArchitectureError, UnknownConfigKeyError
+
+TRAIN = ["--model", "demo", "--dataset", "demo", "--hook", "blocks.2.hook_resid_pre", "--tokens", "8192"]
+
+
+def sae_kit(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sae_kit.cli", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+
+
+def parse(*arguments: str) -> RunConfig:
+    return RunConfig.from_dict(parse_train(arguments))
+
+
+def test_version_and_environment() -> None:
+    done = sae_kit("--version")
+    assert (done.returncode, done.stdout.strip()) == (0, f"sae-kit {__version__}")
+    done = sae_kit("env")
+    assert done.returncode == 0
+    for word in ("python 3.", "torch 2", "transformer-lens", "threads"):
+        assert word in done.stdout
+
+
+def test_flags_and_file_make_the_same_tree(tmp_path: Path) -> None:
+    flags = parse(*TRAIN, "--arch", "topk", "--sae.d_sae", "512", "--sae.k", "16", "--optim.lr", "1e-3", "--out", "x")
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: demo\ndataset: demo\nhook: blocks.2.hook_resid_pre\ntokens: 8192\nout: x\n"
+        "sae: {architecture: topk, d_sae: 512, k: 16}\noptim: {lr: 1e-3}\n"
+    )
+    assert parse(str(path)) == flags
+    assert flags.optim.lr == 1e-3
+    assert flags.saes["sae"].sae.to_dict()["k"] == 16
+    as_json = tmp_path / "run.json"
+    as_json.write_text(json.dumps(parse_train([str(path)])))
+    assert parse(str(as_json)) == flags
+
+
+def test_flags_beat_overrides_and_overrides_beat_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: demo\ndataset: demo\nhook: a\ntokens: 8192\nsae: {architecture: topk, d_sae: 512, k: 16}\n")
+    cfg = parse(
+        str(path), "optim.lr=2e-4", "sae.k=8", "tokens=9000", "--hook", "b", "optim.lr=3e-4", "--sae.aux_k=none"
+    )
+    assert cfg.optim.lr == 3e-4
+    assert cfg.saes["sae"].hook == "b"
+    assert cfg.train.tokens == 9000
+    assert cfg.saes["sae"].sae.to_dict()["k"] == 8
+
+
+def test_values_are_written_as_in_yaml() -> None:
+    cfg = parse(
+        *TRAIN, "--sae.d_sae", "512", "--log.console", "false", "--optim.clip_grad_norm", "none", "--optim.betas", "[0.8, 0.9]",
+        "--schedule.warm_up_tokens", "5%", "--log.wandb.project", "p", "--data.sources", "[demo, {path: x, weight: 2}]",
+    )  # fmt: skip
+    assert cfg.log.console is False
+    assert cfg.optim.clip_grad_norm is None
+    assert cfg.optim.betas == (0.8, 0.9)
+    assert cfg.schedule.warm_up_tokens == "5%"
+    assert cfg.log.wandb is not None
+    assert [source.weight for source in cfg.data.sources] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("name", list_architectures())
+def test_every_architecture_has_its_flags(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(*TRAIN, "--arch", name, "--sae.d_sae", "64").saes["sae"].sae.architecture == name
+    with pytest.raises(SystemExit) as stop:
+        parse("--arch", name, "--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    fields = {f.name for f in dataclasses.fields(list_architectures()[name].config)} - {"metadata"}
+    assert all(f"--sae.{field} " in text for field in fields)
+    assert "--optim.lr VALUE" in text
+    assert "--sae.metadata" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["--optim.lrr", "1"], UnknownConfigKeyError, "unknown flag --optim.lrr. Did you mean 'optim.lr'?"),
+        (["--optim.lrr=1"], UnknownConfigKeyError, "unknown flag --optim.lrr. Did you mean 'optim.lr'?"),
+        (["optim.lrr=1"], UnknownConfigKeyError, "unknown key 'optim.lrr' in OptimConfig. Did you mean 'lr'?"),
+        (
+            ["--sae.k", "1000", "--sae.d_sae", "64"],
+            ConfigError,
+            "saes.sae.sae: k must lie between 1 and d_sae = 64, found 1000",
+        ),
+        (["--sae.d_sae", "many"], ConfigError, "saes.sae.sae.d_sae: expected int, found 'many'"),
+        (["--arch", "topc"], UnknownArchitectureError, "unknown architecture 'topc'. Did you mean 'topk'?"),
+        (["--arch", "gated", "--sae.k", "3"], UnknownConfigKeyError, "unknown flag --sae.k"),
+        (["a.yaml", "b.yaml"], ConfigError, "cannot read the config a.yaml"),
+        (["out.x=3", "--sae.d_sae", "64"], ConfigError, "out: expected str, found {'x': 3}"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as found:
+        parse(*TRAIN, *arguments)
+    assert message in str(found.value)
+
+
+def test_training_from_the_command_line(tmp_path: Path) -> None:
+    done = sae_kit(
+        "train", *TRAIN, "--sae.d_sae", "256", "--train.batch_tokens", "1024", "--eval.tokens", "2048",
+        "--eval.fidelity_tokens", "1024", "--name", "mine", "--data.context_size", "64", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "runs/mine/saes/sae"
+    assert (tmp_path / "runs/mine/saes/sae/cfg.json").exists()
+    assert "8,192 / 8,192 tokens" in done.stderr, "without a terminal there is a line per row of metrics"
+    assert "Traceback" not in done.stderr
+
+
+def test_errors_are_one_clear_line() -> None:
+    done = sae_kit("train", *TRAIN[:4], "--hook", "blocks.2.hook_resid_prey", "--tokens", "8192", "--sae.d_sae", "256")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "error: hook 'blocks.2.hook_resid_prey' is not in this model. Did you mean 'blocks.2.hook_resid_pre'?"
+    )
+    assert "Traceback" not in done.stderr
+    assert main(["train", "nowhere.yaml"]) == 2
