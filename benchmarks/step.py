@@ -2,8 +2,8 @@
 
     python benchmarks/step.py [--sizes 768x12288] [--batch 2048] [--repeats 9] [--json]
 
-The encoder's forward product x·W_enc is the part that no architecture avoids, so it is the unit: it is timed in the same
-process, in turn with each step, and the ratio of medians is printed. A step is everything: forward, losses, backward,
+The encoder's forward product x·W_enc is the part that no architecture avoids, so it is the unit: it is timed in turn
+with the steps, in the same process, and ratios of medians are printed. A step is everything: forward, losses, backward,
 clipping, optimizer, constraints, statistics.
 """
 
@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -19,6 +20,14 @@ from sae_kit import list_architectures
 from sae_kit.data.batch import Batch
 from sae_kit.training.config import RunConfig
 from sae_kit.training.trainer import Part
+
+
+class Cost(NamedTuple):
+    """Median time of one call, alone and in encoder products."""
+
+    name: str
+    seconds: float
+    products: float
 
 
 def main() -> None:
@@ -30,15 +39,15 @@ def main() -> None:
     args = parser.parse_args()
     for size in args.sizes:
         d_in, d_sae = (int(part) for part in size.split("x"))
-        for row in measure(d_in, d_sae, args.batch, args.repeats):
+        for cost in measure(d_in, d_sae, args.batch, args.repeats):
             if args.json:
-                print(json.dumps({"size": size, "batch": args.batch, **row}))
+                print(json.dumps({"size": size, "batch": args.batch, **cost._asdict()}))
             else:
-                print(f"{size:>12}  {row['name']:<10} {row['seconds'] * 1e3:8.1f} ms  {row['products']:5.1f} products")
+                print(f"{size:>12}  {cost.name:<10} {cost.seconds * 1e3:8.1f} ms  {cost.products:5.1f} products")
 
 
-def measure(d_in: int, d_sae: int, batch: int, repeats: int) -> list[dict[str, float | str]]:
-    """Medians over interleaved repeats; the first row is the unit itself."""
+def measure(d_in: int, d_sae: int, batch: int, repeats: int) -> list[Cost]:
+    """Medians over interleaved repeats; the first is the unit itself."""
     x = torch.randn(batch, d_in)
     weights = torch.randn(d_in, d_sae)
     work: dict[str, Callable[[], object]] = {"product": lambda: x @ weights}
@@ -54,9 +63,7 @@ def measure(d_in: int, d_sae: int, batch: int, repeats: int) -> list[dict[str, f
             if repeat:  # the first one warms up
                 times[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    return [
-        {"name": name, "seconds": seconds, "products": seconds / medians["product"]} for name, seconds in medians.items()
-    ]
+    return [Cost(name, seconds, seconds / medians["product"]) for name, seconds in medians.items()]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python examples/train_on_tensors.py
 
-The rows here are sparse sums of known directions, so that the result can be checked: the decoder of a good SAE holds them.
+The rows here are sparse sums of known directions, so the result can be checked: the decoder of a good SAE holds them.
 """
 
 from collections.abc import Iterator
@@ -24,10 +24,11 @@ def rows(directions: torch.Tensor, seed: int = 0) -> Iterator[torch.Tensor]:
 
 
 def main() -> float:
-    directions = torch.nn.functional.normalize(torch.randn(FEATURES, WIDTH, generator=torch.Generator().manual_seed(1)), dim=1)
+    drawn = torch.randn(FEATURES, WIDTH, generator=torch.Generator().manual_seed(1))
+    directions = torch.nn.functional.normalize(drawn, dim=1)
     cfg = RunConfig.from_dict({"tokens": 400 * BATCH, "train": {"batch_tokens": BATCH}, "optim": {"lr": 3e-3}})
-    sae = TopKSAEConfig(d_in=WIDTH, d_sae=2 * FEATURES, k=ACTIVE, normalize_activations="expected_average_only_in").build()
-    result = SAETrainer(cfg, sae, rows(directions)).fit()
+    sae = TopKSAEConfig(d_in=WIDTH, d_sae=2 * FEATURES, k=ACTIVE, normalize_activations="expected_average_only_in")
+    result = SAETrainer(cfg, sae.build(), rows(directions)).fit()
     found = torch.nn.functional.normalize(result.saes["sae"].W_dec.detach(), dim=1)
     recovered = (directions @ found.T).max(dim=1).values.mean().item()
     print(f"explained variance {result.metrics['metrics/explained_variance']:.3f}")

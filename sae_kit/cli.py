@@ -1,7 +1,8 @@
 """The command line: `sae-kit train`, `sae-kit demo`, `sae-kit env`.
 
-A flag is the path of a field in the config tree, and its value is read like a value in a YAML file, so file, flags and Python meet
-in one place (`sae_kit.config.structure`), with one set of errors. Here are only argument lists and what is printed.
+A flag is the path of a field in the config tree, and its value is read like a value in a YAML file, so file, flags and
+Python meet in one place (`sae_kit.config.structure`), with one set of errors. Here are only argument lists and what is
+printed.
 """
 
 from __future__ import annotations

@@ -88,7 +88,8 @@ def structure_fields(cls: type[T], data: object, where: str = "") -> T:
         if key not in fields:
             path = f"{where}.{key}" if where else str(key)
             raise UnknownConfigKeyError(
-                f"unknown key {path!r} in {cls.__name__}.{did_you_mean(str(key), fields)} Known keys: {', '.join(fields)}"
+                f"unknown key {path!r} in {cls.__name__}.{did_you_mean(str(key), fields)} "
+                f"Known keys: {', '.join(fields)}"
             )
     missing = [name for name, f in fields.items() if name not in data and _required(f)]
     if missing:

@@ -64,17 +64,17 @@ class HookPoint(nn.Module):
                     self.name = own
             return result
 
+        def forward(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
+            return call(output)
+
+        def backward(_module: nn.Module, _grads_in: Any, grads_out: Any) -> tuple[Tensor] | None:
+            replacement = call(grads_out[0])
+            return None if replacement is None else (replacement,)
+
         if dir == "fwd":
-            handle = self.register_forward_hook(lambda _module, _inputs, output: call(output), prepend=prepend)
-        elif dir == "bwd":
-
-            def backward(_module: nn.Module, grads_in: tuple[Tensor, ...], grads_out: tuple[Tensor, ...]) -> Any:
-                replacement = call(grads_out[0])
-                return None if replacement is None else (replacement,)
-
-            handle = self.register_full_backward_hook(backward, prepend=prepend)
+            handle = self.register_forward_hook(forward, prepend=prepend)
         else:
-            raise ValueError(f"expected dir 'fwd' or 'bwd', found {dir!r}")
+            handle = self.register_full_backward_hook(backward, prepend=prepend)
         record = HookRecord(handle, is_permanent, level, hook)
         records = self._records(dir)
         records.insert(0 if prepend else len(records), record)

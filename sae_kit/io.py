@@ -15,7 +15,7 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,31 +47,17 @@ LARGEST_CONFIG = 16 * 2**20  # bytes
 STAMP = ("format", "version", "created", "geometry", "pair")
 COUNTERS = ("firing_count", "tokens_since_fired", "tokens_seen")
 SHARED_FIELDS = (
-    "d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations", "reshape_activations", "metadata"
+    "d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations", "reshape_activations",
+    "metadata",
 )  # fmt: skip
 DEFAULTS_WHEN_ABSENT = {"k": 100, "rescale_acts_by_decoder_norm": False}
-"""what a file means that leaves a field out, where that differs from our own default"""
-SAELENS_TRAINING_KEYS = frozenset(
-    [
-        "decoder_init_norm",
-        "l1_coefficient",
-        "lp_norm",
-        "l1_warm_up_steps",
-        "l0_coefficient",
-        "l0_warm_up_steps",
-        "pre_act_loss_coefficient",
-        "target_l0",
-        "jumprelu_init_threshold",
-        "jumprelu_bandwidth",
-        "jumprelu_sparsity_loss_mode",
-        "jumprelu_tanh_scale",
-        "use_sparse_activations",
-        "aux_loss_coefficient",
-        "topk_threshold_lr",
-        "matryoshka_widths",
-        "use_matryoshka_aux_loss",
-    ]
-)
+"""What a file that leaves a field out means, where that differs from our own default."""
+SAELENS_TRAINING_KEYS = frozenset({
+    "decoder_init_norm", "l1_coefficient", "lp_norm", "l1_warm_up_steps", "l0_coefficient", "l0_warm_up_steps",
+    "pre_act_loss_coefficient", "target_l0", "jumprelu_init_threshold", "jumprelu_bandwidth",
+    "jumprelu_sparsity_loss_mode", "jumprelu_tanh_scale", "use_sparse_activations", "aux_loss_coefficient",
+    "topk_threshold_lr", "matryoshka_widths", "use_matryoshka_aux_loss",
+})  # fmt: skip
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -155,7 +141,7 @@ def _hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 @contextmanager
-def _folder_to_write(folder: Path) -> Iterator[Path]:
+def _folder_to_write(folder: Path) -> Generator[Path, None, None]:
     """A new sibling that takes the place of `folder` when the block ends well, and vanishes when it does not.
 
     `cfg.json` is what makes a folder readable, so in an existing folder it is replaced last.
@@ -194,12 +180,13 @@ def load(
 ) -> SAE:
     """The SAE in `folder`.
 
-    `dtype=None` keeps the file's dtype; thresholds and statistics stay in full precision whatever it is. `strict=False` moves
-    config keys that nobody knows to the metadata, with a warning. `verify=True` recomputes the hash of the weights.
+    `dtype=None` keeps the file's dtype; thresholds and statistics stay in full precision whatever it is.
+    `strict=False` moves config keys that nobody knows to the metadata, with a warning. `verify=True` recomputes the
+    hash of the weights.
 
     Raises:
         FileNotFoundError: there is no SAE in the folder.
-        CorruptFileError: config and weights do not belong together, or one of them is torn; every wrong tensor is named.
+        CorruptFileError: config and weights do not belong together, or one is torn; every wrong tensor is named.
         FormatTooNewError, UnknownArchitectureError, UnknownConfigKeyError, ConfigError: the config is not understood.
     """
     cfg, stamp = _read_config(folder, strict)
@@ -210,7 +197,8 @@ def load(
         raise FileNotFoundError(f"no {WEIGHTS} beside {folder / CONFIG}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            header = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            names = file.keys()  # the handle itself cannot be iterated
+            header = {name: tuple(file.get_slice(name).get_shape()) for name in names}
             cfg = _with_known_scale(cfg, header, folder)
             with torch.device("meta"):
                 sae = get_architecture(cfg.architecture).sae(cfg)
@@ -257,7 +245,8 @@ def _read_config(folder: Path, strict: bool) -> tuple[SAEConfig, dict[str, Any]]
 
 def _config_from_file(data: dict[str, Any], path: Path, strict: bool) -> tuple[SAEConfig, dict[str, Any]]:
     found = SAEMetadata.from_dict(data.get("metadata") or {}, f"{path}: metadata")
-    found.extra.pop("sae_lens_version", None), found.extra.pop("sae_lens_training_version", None)
+    for name in ("sae_lens_version", "sae_lens_training_version"):
+        found.extra.pop(name, None)
     ours = found.extra.pop("sae_kit", None)
     stamp, kept = _split_stamp(ours, path)
     if kept:
@@ -320,8 +309,8 @@ def _with_known_scale(cfg: SAEConfig, header: Mapping[str, object], folder: Path
     if not _is_training_form(cfg) or "norm_in.scale" in header:
         return cfg
     warnings.warn(
-        f"{folder}: trained on activations times a factor that the file does not hold; raw activations are used as they are. "
-        "If you know the factor, multiply the input of encode by it",
+        f"{folder}: trained on activations times a factor that the file does not hold; raw activations are used as "
+        "they are. If you know the factor, multiply the input of encode by it",
         UnknownScaleWarning,
         stacklevel=3,
     )
@@ -358,7 +347,8 @@ def _counters(sae: SAE, folder: Path, device: str | torch.device) -> dict[str, T
         return counters
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            stored = {name: file.get_tensor(name) for name in counters if name in file.keys()}
+            names = file.keys()
+            stored = {name: file.get_tensor(name) for name in counters if name in names}
     except SafetensorError as error:
         raise CorruptFileError(
             f"{path} cannot be read as safetensors ({error}): delete it to load without counters"

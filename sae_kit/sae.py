@@ -107,7 +107,7 @@ class SAEConfig(ABC):
         return get_architecture(self.architecture).sae(self, seed=seed)
 
     def for_inference(self) -> "SAEConfig":
-        """The same config with the fields that only shape training moved to `metadata.training_architecture_details`."""
+        """The same config; fields that only shape training move to `metadata.training_architecture_details`."""
         fields = [f for f in dataclasses.fields(self) if f.metadata.get("training_only")]
         metadata = copy.deepcopy(self.metadata)
         metadata.training_architecture = metadata.training_architecture or self.architecture
@@ -122,7 +122,7 @@ class SAEConfig(ABC):
 
     @classmethod
     def from_dict(cls, data: object, where: str = "") -> "SAEConfig":
-        """The config of the architecture that `data["architecture"]` names; called on a final class, the name may be left out.
+        """The config of the architecture that `data["architecture"]` names; a final class needs no name.
 
         Raises:
             UnknownArchitectureError, UnknownConfigKeyError, ConfigError: with the path `where` in the message.
@@ -330,17 +330,17 @@ class SAE(nn.Module, ABC):
 
     @torch.no_grad()
     def fold_decoder_norm(self) -> "SAE":
-        """Give every decoder row norm 1 and its latent the scale, in place: the output is unchanged, codes become c·n.
+        """Give every decoder row norm 1 and its latent the scale, in place; the output is unchanged, codes become c·n.
 
         Raises:
-            ConfigError: the architecture compares latents with each other and has them unscaled, so the fold would change
-                which are selected.
+            ConfigError: the architecture compares unscaled latents with each other, so the fold would change which are
+                selected.
         """
         norms = self.decoder_norms()
         if not (self.norm_fold_is_exact or self.rescales or torch.allclose(norms, norms[:1], rtol=1e-6, atol=0)):
             raise ConfigError(
-                f"the decoder norms of this {self.cfg.architecture} SAE differ and take no part in its selection: folding "
-                "them would change which latents are on"
+                f"the decoder norms of this {self.cfg.architecture} SAE differ and take no part in its selection: "
+                "folding them would change which latents are on"
             )
         self.scale_latents(norms)
         self.W_dec.div_(norms[:, None])
@@ -390,7 +390,7 @@ class SAE(nn.Module, ABC):
     # ---- files -----------------------------------------------------------------------------------------------------
 
     def save_model(self, folder: Path | str) -> Path:
-        """Write `cfg.json`, `sae_weights.safetensors` and, if latents were counted, `sparsity.safetensors` into `folder`."""
+        """Write the SAE into `folder`, in the layout that `sae_kit.io` describes."""
         from sae_kit.io import save
 
         return save(self, Path(folder))

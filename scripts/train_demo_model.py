@@ -56,19 +56,20 @@ A small Llama that writes Python, so that everything in sae_kit can be tried on 
 
 | | |
 |---|---|
-| architecture | Llama: 4 layers, d_model 128, 4 heads, MLP 384, context 256, tied embeddings, {parameters:,} parameters, float16 |
+| architecture | Llama: 4 layers, d_model 128, 4 heads, MLP 384, context 256, tied embeddings |
+| parameters | {parameters:,} in float16 |
 | tokenizer | byte-level BPE, 2,048 tokens, trained on the training modules; `<|endoftext|>` is BOS and EOS |
-| data | source of the standard library of Python {python}, its tests included: {train_modules:,} modules, {train_megabytes:.1f} MB; near-copies left out |
-| split | by content hash, 5%: {held_out_modules} modules held out (`sae_kit.demo.corpus()`) |
+| data | standard library of Python {python}, tests included: {train_modules:,} modules, {train_megabytes:.1f} MB |
+| split | near-copies left out; by content hash, 5%: {held_out_modules} modules held out (`sae_kit.demo.corpus()`) |
 | training | {tokens_seen:,} tokens, Muon and AdamW, seed {seed}, torch {torch} |
 | loss, training modules | {train_loss:.3f} nats per token, {train_bits_per_byte:.3f} bits per byte |
 | loss, held-out modules | {held_out_loss:.3f} nats per token, {held_out_bits_per_byte:.3f} bits per byte |
 
-Every row begins with BOS, also in the middle of a module. With another version of Python the held-out modules are not quite the same ones, so some
-of their text may have been trained on.
+Every row begins with BOS, also in the middle of a module. With another version of Python the held-out modules are not
+quite the same ones, so some of their text may have been trained on.
 
-`scripts/train_demo_model.py` makes it again. The text is the Python Software Foundation's, under the PSF licence; the weights come under the licence
-of sae_kit.
+`scripts/train_demo_model.py` makes it again. The text is the Python Software Foundation's, under the PSF licence; the
+weights come under the licence of sae_kit.
 """
 
 
@@ -133,12 +134,15 @@ def main() -> None:
             since = time.perf_counter()
 
     model.half().float()  # what is measured is what is shipped
-    train_nats = mean_nats(model, train_ids[: len(held_out_ids)])
+    sample = text.train[:: len(text.train) // len(text.held_out)]
+    sample_ids = encode(tokenizer, sample)
+    train_nats = mean_nats(model, sample_ids)
+    held_out_nats = mean_nats(model, held_out_ids)
     facts = {
         "train_loss": train_nats,
-        "train_bits_per_byte": train_nats / math.log(2) * len(train_ids) / train_bytes,
-        "held_out_loss": mean_nats(model, held_out_ids),
-        "held_out_bits_per_byte": bits_per_byte(model, held_out_ids, held_out_bytes),
+        "train_bits_per_byte": train_nats / math.log(2) * len(sample_ids) / count_bytes(sample),
+        "held_out_loss": held_out_nats,
+        "held_out_bits_per_byte": held_out_nats / math.log(2) * len(held_out_ids) / held_out_bytes,
         "parameters": sum(p.numel() for p in model.parameters()),
         "train_modules": len(text.train),
         "held_out_modules": len(text.held_out),

@@ -22,7 +22,7 @@ def make_config(name: str, **fields: Any) -> SAEConfig:
 
 
 def make_sae(name: str, *, seed: int = 0, **fields: Any) -> SAE:
-    """An SAE whose parameters are all non-zero, with unequal decoder norms and thresholds in the range of its inputs."""
+    """An SAE of non-zero parameters, unequal decoder norms, and thresholds in the range of its inputs."""
     sae = make_config(name, **fields).build(seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():

@@ -100,7 +100,7 @@ def test_broken_files(tmp_path: Path, name: str, text: str, message: str) -> Non
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot read the config .*nowhere.yaml: No such file"):
+    with pytest.raises(ConfigError, match=r"cannot read the config .*nowhere\.yaml: No such file"):
         trees.load_tree(tmp_path / "nowhere.yaml")
 
 

@@ -87,8 +87,6 @@ def test_layer_and_context() -> None:
     point.name = "embed"
     with pytest.raises(ValueError, match="'embed' is in no block"):
         point.layer()
-    with pytest.raises(ValueError, match="expected dir 'fwd' or 'bwd', found 'up'"):
-        point.add_hook(lambda t, hook: None, dir="up")  # pyright: ignore[reportArgumentType]
 
 
 def test_a_copy_starts_without_hooks() -> None:

@@ -135,7 +135,7 @@ def test_equal_saes_give_equal_bytes(tmp_path: Path) -> None:
 
 
 def test_no_sae_there(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no SAE in .*nowhere: expected cfg.json and sae_weights.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"no SAE in .*nowhere: expected cfg\.json and sae_weights"):
         SAE.load_from_disk(tmp_path / "nowhere")
     folder = saved(tmp_path)
     (folder / "sae_weights.safetensors").unlink()
@@ -184,7 +184,7 @@ def test_unknown_keys(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     edit(folder, aply_b_dec_to_input=True)
     with pytest.raises(
-        UnknownConfigKeyError, match="unknown keys 'aply_b_dec_to_input'.*Did you mean 'apply_b_dec_to_input'"
+        UnknownConfigKeyError, match=r"unknown keys 'aply_b_dec_to_input'.*Did you mean 'apply_b_dec_to_input'"
     ):
         SAE.load_from_disk(folder)
     with pytest.warns(UserWarning, match="moved to the metadata: aply_b_dec_to_input"):

@@ -188,7 +188,7 @@ def test_half_precision_keeps_thresholds_and_statistics(name: str) -> None:
     sae = make_sae(name, normalize_activations="expected_average_only_in")
     sae.norm_in.scale.fill_(1 / 3)
     if hasattr(sae, "threshold"):
-        sae.threshold.data.fill_(1 / 3)
+        sae.get_parameter("threshold").data.fill_(1 / 3)
     half = sae.to(torch.bfloat16)
     assert half.dtype == torch.bfloat16
     assert half.encode(rows(3)).dtype == torch.bfloat16

@@ -57,10 +57,11 @@ class GatedSAE(SAE):
         self, x: Float[Tensor, "batch d_in"], encoding: Encoding, coefficients: Mapping[str, float]
     ) -> dict[str, Float[Tensor, ""]]:
         gate = torch.relu(encoding.pre)
-        W_dec, b_dec = (self.W_dec, self.b_dec)
+        W_dec, b_dec = self.W_dec, self.b_dec
         if self.cfg.detach_aux_decoder:
             W_dec, b_dec = W_dec.detach(), b_dec.detach()
-        error = (gate @ W_dec + b_dec - x).float() if x.dtype.itemsize < 4 else gate @ W_dec + b_dec - x
+        error = gate @ W_dec + b_dec - x
+        error = error.float() if error.dtype.itemsize < 4 else error
         return {
             "l1_loss": coefficients["l1"] * (gate * self.decoder_norms()).sum(dim=1).mean(),
             "auxiliary_reconstruction_loss": error.square().sum(dim=1).mean(),

@@ -29,15 +29,15 @@ class BufferConfig:
     """The buffer that mixes activations before they are trained on."""
 
     tokens: int | Literal["auto"] = "auto"
-    """Capacity in tokens; auto is 128 batches, and never more than the run needs."""
+    """capacity in tokens; auto = 128 batches, but never more than the run needs"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the stored activations; auto is the model's, bfloat16 halves the memory."""
+    """precision of the stored activations; auto = the model's; bfloat16 takes half the memory of float32"""
     mix: Literal["stream", "none"] = "stream"
-    """none gives the activations in the order of the text (tests, debugging)."""
+    """none: activations in the order of the text, for tests and debugging"""
     drop_last: bool = True
-    """Drop a last batch that is not full; otherwise it is given as it is."""
+    """leave out a last batch that is not full; otherwise it is trained on as it is"""
     norm_estimate_tokens: int = 1_000_000
-    """At most this many of the first activations are used for the statistics of normalisation."""
+    """activations, the first of the run, from which normalisation is estimated; at most as many as the buffer holds"""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "norm_estimate_tokens"):
@@ -88,7 +88,7 @@ class MixingBuffer:
         dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(widths, dtype)
         self.capacity = capacity
         self.count = 0
-        """Occupied slots."""
+        """occupied slots"""
         self._rows = {
             site: torch.empty(capacity, width, dtype=dtypes[site], device=device) for site, width in widths.items()
         }

@@ -17,14 +17,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_kit.errors import ConfigError, HookNotFoundError, ShapeError, SiteDidNotFireError, did_you_mean
 
 IO = Literal["in", "out", "hook"]
 Spelling = str | tuple[str, str]
-Value = Float[Tensor, "*batch width"]
 
 SLEEPING = {
     "hook_mlp_in": "use_hook_mlp_in",
@@ -72,12 +70,12 @@ class BoundSite:
     """
 
     spelling: str
-    """The name that was asked for."""
+    """the name that was asked for"""
     site: Site
     module: nn.Module
-    """The HookPoint, or the module whose input or output this is."""
+    """the HookPoint, or the module whose input or output this is"""
     names: tuple[str, ...]
-    """Every spelling of this place, canonical first."""
+    """every spelling of this place, canonical first"""
     layout: Literal["flat", "heads"]
     writable: bool
 
@@ -236,15 +234,15 @@ class ModelConfig:
     """The language model whose activations are read."""
 
     name: str | None = None
-    """Hub id or folder of the language model; "demo" is the one that ships with sae_kit."""
+    """hub id or folder of the language model; demo = the one that ships with sae_kit"""
     revision: str | None = None
-    """Branch, tag or commit on the Hub."""
+    """branch, tag or commit on the hub"""
     tokenizer: str | None = None
-    """Hub id or folder of another tokenizer; None takes the model's."""
+    """hub id or folder of another tokenizer; None = the model's"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the model; auto is float32 on a CPU and as stored on a GPU."""
+    """precision of the model; auto = float32 on a CPU, as stored on a GPU"""
     device: str = "auto"
-    """Where the model runs: cpu, cuda, cuda:1; auto is the GPU if there is one."""
+    """where the model runs, e.g. cpu or cuda:1; auto = cuda where there is one, else cpu"""
 
 
 def load_model(cfg: ModelConfig) -> tuple[nn.Module, Any]:
@@ -256,7 +254,7 @@ def load_model(cfg: ModelConfig) -> tuple[nn.Module, Any]:
         ConfigError: no name, or a model or tokenizer that cannot be read.
     """
     if cfg.name is None:
-        raise ConfigError('model.name: expected a Hub id, a folder or "demo", found None')
+        raise ConfigError('model.name: expected a hub id, a folder or "demo", found None')
     name = _demo_folder() if cfg.name == "demo" else cfg.name
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     from transformer_lens.model_bridge import TransformerBridge

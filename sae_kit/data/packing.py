@@ -21,7 +21,7 @@ class Packer:
         self.context_size = context_size
         self.row_start, self.separator, self.doc_start = row_start, separator, doc_start
         self.row: list[int] = []
-        """The row begun."""
+        """the row begun"""
 
     def add(self, ids: Sequence[int]) -> list[list[int]]:
         """Rows that one more document completes."""

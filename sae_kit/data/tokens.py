@@ -44,23 +44,23 @@ class Source:
     """Where text comes from; a bare string stands for its `path`."""
 
     path: str
-    """Hub dataset, local file or folder (.txt, .md, .py, .jsonl, .parquet), or "demo": the Python standard library."""
+    """hub dataset, file or folder (.txt, .md, .py, .json, .jsonl, .parquet); demo = the Python standard library"""
     name: str | None = None
-    """Subset of a Hub dataset."""
+    """subset of a hub dataset"""
     split: str = "train"
-    """Split of a Hub dataset."""
+    """split of a hub dataset"""
     revision: str | None = None
-    """Branch, tag or commit of a Hub dataset."""
+    """branch, tag or commit of a hub dataset"""
     data_files: str | None = None
-    """Pattern of the files to read within `path`."""
+    """pattern of the files to read within `path`"""
     column: str = "auto"
-    """Column that holds the text; auto takes the one named text or content."""
+    """column that holds the text; auto = the one named text or content"""
     weight: float = 1.0
-    """Share of the rows, relative to the other sources."""
+    """share of the rows, relative to the other sources"""
     epochs: int | None = None
-    """Passes over the source; None is without end."""
+    """passes over the source; None = without end"""
     streaming: bool = True
-    """Read while training; otherwise download everything first, and shuffle it."""
+    """read while training; otherwise download everything first, and shuffle it"""
 
     def __post_init__(self) -> None:
         if not self.weight > 0:
@@ -79,25 +79,25 @@ class DataConfig:
     """The text that the language model reads, and how it is cut into rows."""
 
     sources: tuple[Source, ...] = ()
-    """Where the text comes from; several are mixed by weight."""
+    """where the text comes from; several are mixed by weight"""
     context_size: int | None = None
-    """Ids per row; None is the model's maximum, at most 1,024."""
+    """ids per row; None = the model's maximum, at most 1,024"""
     row_start: TokenName | int | None = "bos"
-    """Id that begins each row."""
+    """id that begins each row"""
     separator: TokenName | int | None = "bos"
-    """Id between two documents of a row."""
+    """id between two documents of a row"""
     doc_start: TokenName | int | None = None
-    """Id that begins each document."""
+    """id that begins each document"""
     exclude: Literal["structural", "none"] | tuple[int, ...] = "structural"
-    """Ids that are read but not trained on; structural is BOS, EOS, PAD, SEP and decoder-start."""
+    """ids that are read but not trained on; structural = BOS, EOS, PAD, SEP and decoder-start"""
     holdout: float | None = None
-    """Share of documents kept for evaluation; None chooses by the number of documents."""
+    """share of documents kept for evaluation; None = chosen by the number of documents"""
     shuffle: bool = True
-    """Read sources of known length in a new random order at each pass."""
+    """read sources of known length in a new random order at each pass"""
     rows_per_forward: int | None = None
-    """Rows per forward of the language model; None is 16,384 tokens."""
+    """rows per forward of the language model; None = as many as make 16,384 tokens"""
     tokenize_batch: int = 1000
-    """Documents tokenised at a time."""
+    """documents tokenised at a time"""
 
     def __post_init__(self) -> None:
         if self.context_size is not None and self.context_size < 2:
@@ -129,9 +129,9 @@ class Documents:
         self.name, self.held_out, self.share = name, held_out, share
         self.epochs = 1 if isinstance(items, Iterator) else epochs
         self.passes = 0
-        """Passes that are complete."""
+        """passes that are complete"""
         self.skipped = 0
-        """Documents that were None or empty."""
+        """documents that were None or empty"""
         self._items, self._seed = items, seed
         self._current: Iterator[Any] | None = None
         self._read = self._given = 0  # in this pass
@@ -227,7 +227,7 @@ class TokenStream(Iterator[list[int]]):
         self.sources = tuple(sources)
         self.context_size = sources[0].packer.context_size
         self.rows = 0
-        """Rows handed out."""
+        """rows handed out"""
         self._weights = dict(enumerate(weights or [1.0] * len(sources)))
         self._given = dict.fromkeys(self._weights, 0)
 

@@ -30,7 +30,7 @@ class Corpus(NamedTuple):
 
 @functools.cache
 def corpus() -> Corpus:
-    """The standard library of the running interpreter: about 1,500 documents, 20-30 MB where its tests are installed."""
+    """The standard library of this interpreter: about 1,500 documents, 20-30 MB where its tests are installed."""
     documents = tuple(without_near_copies(_read_sources(Path(sysconfig.get_path("stdlib")))))
     share = default_share(len(documents))
     held_out = tuple(text for text in documents if is_held_out(text, share))

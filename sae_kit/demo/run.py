@@ -1,7 +1,7 @@
 """`sae-kit demo`: the main job on real input, with no network and no GPU.
 
-A TopK SAE, 16 times as wide as the demo model's residual stream, is trained on the activations of the middle layer over a
-million tokens of the standard library, evaluated on held-out modules, saved, and shown at work.
+A TopK SAE, 16 times as wide as the demo model's residual stream, is trained on the activations of the middle layer
+over a million tokens of the standard library, evaluated on held-out modules, saved, and shown at work.
 """
 
 import logging

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +19,7 @@ from sae_kit.sae import SAE
 ROWS_PER_FORWARD = 64
 BEFORE, AFTER = 12, 5  # tokens shown around the strongest one
 CONTEXTS = 4  # of each latent, from different rows
-RAREST, MOST_FREQUENT = (
-    3e-4,
-    1e-2,
-)  # share of tokens; a latent seen too rarely proves nothing, a frequent one is a mixture
+RAREST, MOST_FREQUENT = 3e-4, 1e-2  # share of tokens: a rarer latent proves nothing, a more frequent one is a mixture
 WARM = "#f5b942"
 
 
@@ -32,7 +30,8 @@ class Context(NamedTuple):
     acts: Float[Tensor, " tokens"]
 
 
-class Latent(NamedTuple):
+@dataclass(frozen=True)
+class Latent:
     """One latent with its strongest contexts."""
 
     index: int
@@ -118,13 +117,12 @@ def _context(found: Activations, index: int, row: int, position: int) -> Context
 
 
 def render(latents: list[Latent], tokenizer: Any) -> RenderableType:
-    """Each latent as a heading and its contexts on one line each, the background as warm as the activation is strong."""
+    """Each latent as a heading and a line per context, the background as warm as the activation is strong."""
     parts: list[RenderableType] = []
     for latent in latents:
         parts.append(Text(f"latent {latent.index}   on {latent.density:.2%} of tokens", style="bold"))
-        parts += [
-            Padding(_line(context, latent.maximum, tokenizer), (0, 0, 0, 2), expand=False) for context in latent.contexts
-        ]
+        lines = (_line(context, latent.maximum, tokenizer) for context in latent.contexts)
+        parts += [Padding(line, (0, 0, 0, 2), expand=False) for line in lines]
     return Group(*parts)
 
 

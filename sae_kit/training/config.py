@@ -1,7 +1,7 @@
 """The configuration of a run: one frozen tree, the same from Python, YAML, JSON and the command line.
 
-A section that belongs to one component is defined beside it (data, buffer, optim, schedule); this file holds the tree and the sections of
-the trainer itself.
+A section that belongs to one component is defined beside it (model, data, buffer, optim, schedule); this file holds the
+tree and the sections of the trainer itself.
 """
 
 from collections.abc import Mapping
@@ -154,7 +154,7 @@ class RunConfig:
     def from_dict(cls, data: object, where: str = "") -> "RunConfig":
         """Build from plain data, in which the short names of one-SAE runs may stand for paths.
 
-        `model`, `dataset`, `hook`, `sae`, `tokens` are model.name, data.sources, saes.sae.hook, saes.sae.sae, train.tokens.
+        `model` is model.name, `dataset` data.sources, `hook` saes.sae.hook, `sae` saes.sae.sae, `tokens` train.tokens.
 
         Raises:
             ConfigError: a short name beside the field that it stands for.

@@ -86,10 +86,10 @@ def auxk_loss(
     dead: DeadLatents,
     aux_k: int,
 ) -> Float[Tensor, ""]:
-    """AuxK (Gao et al. 2024, A.2): the `aux_k` strongest dead latents of each row reconstruct what the living ones missed.
+    """AuxK (Gao et al. 2024, A.2): the `aux_k` strongest dead latents of each row reconstruct what the rest missed.
 
     min(n_dead / aux_k, 1) · V_y · E‖e − ê‖² / V_e with the variances V of target y and residual e, so that a
-    coefficient means the same in any units. Gradients reach encoder, bias and decoder rows of dead latents and nothing else.
+    coefficient means the same in any units. Gradients reach the weights of dead latents and nothing else.
     """
     latents = dead.candidates
     W_enc, W_dec = sae.W_enc[:, latents], sae.W_dec[latents]

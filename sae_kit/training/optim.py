@@ -80,10 +80,10 @@ def clipped_parameters(sae: SAE) -> list[Tensor]:
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], limit: float | None) -> Tensor:
     """Scale gradients by min(1, limit / norm) with their true common L2 norm, which is returned (before clipping)."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    parameters = list(parameters)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if limit is not None:
-        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm
 
 

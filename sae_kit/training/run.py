@@ -34,6 +34,7 @@ from sae_kit.training.trainer import SAETrainer, TrainingResult
 
 log = logging.getLogger(__name__)
 
+
 @dataclass(frozen=True)
 class RunResult:
     """What a run leaves in memory; the same is in `folder`."""
@@ -59,8 +60,9 @@ def train(
 ) -> RunResult:
     """Train one SAE on one site of a model, evaluate it on held-out text and save it.
 
-    `model` is a hub id, a folder, "demo", or a model with its `tokenizer`; `dataset` likewise, or any iterable of texts.
-    Every other field of the config tree goes by its section: `optim={"lr": 1e-4}`, `train={"batch_tokens": 2048}`.
+    `model` is a hub id, a folder, "demo", or a model with its `tokenizer`; `dataset` is a hub id, a file, a folder,
+    "demo", or any iterable of texts. Every other field of the config tree goes by its section: `optim={"lr": 1e-4}`,
+    `train={"batch_tokens": 2048}`.
 
     Raises:
         ConfigError: an unknown or impossible field. HookNotFoundError: `hook` is not in the model.
@@ -197,7 +199,9 @@ def _held_out(
     if not cfg.eval.at_end:
         return None
     if isinstance(documents, Iterator):
-        log.warning("no held-out evaluation: an iterator of texts can be read only once; pass a list or another iterable")
+        log.warning(
+            "no held-out evaluation: an iterator of texts can be read only once; pass a list or another iterable"
+        )
         return None
     context = cfg.data.context_size or default_context(model)
     wanted = cfg.eval.tokens or min(200_000, max(16_384, cfg.train.tokens // 200))

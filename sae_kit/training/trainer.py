@@ -1,7 +1,7 @@
 """The training loop: one pass over batches, any number of SAEs.
 
-A step, for each SAE: rates and coefficients from the tokens seen → losses → backward → decoder projection → clip → Adam →
-constraints → metrics. Nothing in a step waits for the device unless metrics are logged.
+A step, for each SAE: rates and coefficients from the tokens seen → losses → backward → decoder projection → clip →
+Adam → constraints → metrics. Nothing in a step waits for the device unless metrics are logged.
 """
 
 import dataclasses
@@ -131,7 +131,7 @@ class SAETrainer:
     def _batch(self, item: Item, name: str, sae: SAE) -> Batch:
         if isinstance(item, Mapping):
             site = self._sites[name]
-            if site not in item:
+            if site is None or site not in item:
                 raise DataError(f"SAE {name!r} reads {site!r}, the batch holds {', '.join(map(repr, item))}")
             item = item[site]
         x, y = (item.x, item.y) if isinstance(item, Batch) else (item, item)
@@ -140,7 +140,7 @@ class SAETrainer:
         return Batch(x.to(sae.device, non_blocking=True), y.to(sae.device, non_blocking=True))
 
     def _with_statistics(self) -> Iterator[Item]:
-        """The batches, after each SAE has estimated its normalisation on the first of them, which are trained on all the same."""
+        """All batches, the first of which have already served each SAE to estimate its normalisation."""
         waiting = {name: part.sae for name, part in self.parts.items() if part.sae.norm_in.needs_estimate}
         stream = iter(self._batches)
         if waiting:
@@ -163,8 +163,9 @@ class SAETrainer:
             metrics = part.metrics.compute() | part.details
             if not metrics["losses/overall_loss"] < float("inf"):
                 raise NonFiniteError(
-                    f"SAE {name!r} diverged: its loss became {metrics['losses/overall_loss']} within the {self.steps:,} steps "
-                    f"({self.tokens:,} tokens) so far. A lower optim.lr or a longer warm-up usually helps"
+                    f"SAE {name!r} diverged: its loss became {metrics['losses/overall_loss']} within the "
+                    f"{self.steps:,} steps ({self.tokens:,} tokens) so far. A lower optim.lr or a longer warm-up "
+                    "usually helps"
                 )
             row |= {key if len(self.parts) == 1 else f"{name}/{key}": value for key, value in metrics.items()}
         return row

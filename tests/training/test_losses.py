@@ -1,5 +1,7 @@
 """AuxK against its formula, its gradients, and the counters of dead latents."""
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import ARCHITECTURES, D_SAE, make_config, make_sae, rows
@@ -9,7 +11,7 @@ from sae_kit.sae import SAE
 from sae_kit.training.losses import DeadLatents, auxk_loss, training_losses
 
 
-def with_dead(dead: list[int], *, after: int = 100, **fields: object) -> tuple[SAE, DeadLatents]:
+def with_dead(dead: list[int], *, after: int = 100, **fields: Any) -> tuple[SAE, DeadLatents]:
     """A TopK SAE in which exactly the latents `dead` have been silent for long."""
     sae = make_sae("topk", dtype="float64", **fields)
     with torch.no_grad():

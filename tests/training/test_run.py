@@ -113,7 +113,8 @@ def test_several_saes_share_one_pass(result: RunResult, tmp_path: Path) -> None:
 
 
 def test_own_model_and_own_texts(tmp_path: Path) -> None:
-    found = tiny(tmp_path, model=load_model(), tokenizer=load_tokenizer(), dataset=corpus().train[:150] + corpus().held_out[:20])
+    texts = corpus().train[:150] + corpus().held_out[:20]
+    found = tiny(tmp_path, model=load_model(), tokenizer=load_tokenizer(), dataset=texts)
     assert found.training.tokens == 12_288
     assert set(found.evals) == {"sae"}
 
@@ -171,7 +172,7 @@ def test_an_existing_folder_is_never_overwritten(result: RunResult) -> None:
 
 def test_an_unwritable_folder_is_found_before_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot write to the run folder .*: Not a directory"):
+    with pytest.raises(ConfigError, match=r"cannot write to the run folder .*: Not a directory"):
         tiny(tmp_path / "file" / "below")
 
 

@@ -185,7 +185,7 @@ def test_thresholds_never_become_negative_and_can_leave_zero() -> None:
     assert (threshold == 0).any(), "the reconstruction alone pulls thresholds down"
     zero = torch.zeros_like(threshold)
     sae.get_parameter("threshold").data.copy_(zero)
-    sae.cfg = dataclasses.replace(sae.cfg, l0_coefficient=5.0)  # pyright: ignore[reportCallIssue]
+    sae.cfg = dataclasses.replace(sae.cfg, l0_coefficient=5.0)
     fit(sae, 40, optim={"lr": 1e-2})
     assert (sae.get_parameter("threshold") > 0).any()
 
@@ -324,8 +324,8 @@ def test_divergence_stops_with_its_place() -> None:
 def test_bad_input_is_named() -> None:
     with pytest.raises(DataError, match="the stream of activations is empty"):
         SAETrainer(run_config(), make_sae("topk"), iter(()), callbacks=[]).fit()
+    sae = make_sae("topk", normalize_activations="expected_average_only_in")
     with pytest.raises(DataError, match="the stream of activations is empty"):
-        sae = make_sae("topk", normalize_activations="expected_average_only_in")
         SAETrainer(run_config(), sae, iter(()), callbacks=[]).fit()
     with pytest.raises(ShapeError, match=r"SAE 'sae' expects rows of shape \[batch, 32\], found \[4, 31\]"):
         SAETrainer(run_config(), make_sae("topk"), [torch.zeros(4, 31)], callbacks=[]).fit()
