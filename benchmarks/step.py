@@ -19,7 +19,7 @@ import torch
 from sae_kit import list_architectures
 from sae_kit.data.batch import Batch
 from sae_kit.training.config import RunConfig
-from sae_kit.training.trainer import Part
+from sae_kit.training.trainer import SAEInTraining
 
 
 class Cost(NamedTuple):
@@ -53,7 +53,7 @@ def measure(d_in: int, d_sae: int, batch: int, repeats: int) -> list[Cost]:
     work: dict[str, Callable[[], object]] = {"product": lambda: x @ weights}
     for name, architecture in list_architectures().items():
         cfg = RunConfig.from_dict({"tokens": 10**9, "train": {"batch_tokens": batch}})
-        part = Part(cfg, name, architecture.config(d_in=d_in, d_sae=d_sae).build())
+        part = SAEInTraining(cfg, name, architecture.config(d_in=d_in, d_sae=d_sae).build())
         work[name] = lambda part=part: part.step(Batch(x, x), 0, 1.0)
     times: dict[str, list[float]] = {name: [] for name in work}
     for repeat in range(repeats + 1):

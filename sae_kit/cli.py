@@ -21,14 +21,13 @@ from sae_kit._version import __version__
 from sae_kit.errors import ConfigError, SAEKitError, UnknownConfigKeyError, did_you_mean
 
 SHORT_FLAGS = {
-    "model": ("model.name", "language model: hub id, folder, or demo"),
-    "dataset": ("data.sources", "text: hub id, file, folder, or demo"),
-    "hook": ("saes.sae.hook", "site that is read, e.g. blocks.8.hook_resid_pre"),
-    "arch": ("saes.sae.sae.architecture", "architecture of the SAE"),
-    "tokens": ("train.tokens", "activation rows to train on"),
+    "model": "language model: hub id, folder, or demo",
+    "dataset": "text: hub id, file, folder, or demo",
+    "hook": "site that is read, e.g. blocks.8.hook_resid_pre",
+    "arch": "architecture of the SAE",
+    "tokens": "activation rows to train on",
 }
-"""flag -> path of the field that it stands for, and its line of help"""
-SAE_PREFIX = "saes.sae.sae"
+"""Flags that stand for a path in the tree, with their line of help; `_path` knows which."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,21 +103,34 @@ def parse_train(arguments: Sequence[str]) -> dict[str, Any]:
     tree = expand_short_names(trees.load_tree(files[0])) if files else {}
     overrides = [word.split("=", 1) for word in given.words + rest if "=" in word]
     flags = [(name, value) for name, value in vars(given).items() if name != "words"]
+    spelt: dict[tuple[str, ...], str] = {}
     for name, text in [*overrides, *flags]:
-        _override(tree, name, text)
+        path = _path(name)
+        if spelt.setdefault(path, name) != name:
+            raise ConfigError(f"{spelt[path]} and {name} are the same field: give one of them")
+        _override(tree, path, name, text)
     if "sae" in tree.get("saes", {}):
-        _override(tree, f"{SAE_PREFIX}.architecture", architecture)
+        _override(tree, _path("arch"), "arch", architecture)
     return tree
 
 
-def _override(tree: dict[str, Any], name: str, text: str) -> None:
-    path = SHORT_FLAGS[name][0] if name in SHORT_FLAGS else name
-    if path == "sae" or path.startswith("sae."):
-        path = SAE_PREFIX + path[3:]
+def _path(name: str) -> tuple[str, ...]:
+    """Where in the tree a flag or override points: `sae.k` and `tokens` are short for longer paths."""
+    from sae_kit.training.config import SHORT_NAMES
+
+    if name == "arch":
+        name = "sae.architecture"
+    first, *others = name.split(".")
+    if first == "model" and others:
+        return (first, *others)
+    return (*SHORT_NAMES.get(first, (first,)), *others)
+
+
+def _override(tree: dict[str, Any], path: tuple[str, ...], name: str, text: str) -> None:
     value = trees.parse_scalar(text)
-    if path == "data.sources" and not isinstance(value, list):
+    if path == ("data", "sources") and not isinstance(value, list):
         value = [value]
-    *parents, last = path.split(".")
+    *parents, last = path
     for key in parents:
         child = tree.setdefault(key, {})
         if not isinstance(child, dict):
@@ -131,10 +143,9 @@ def _architecture_of(arguments: Sequence[str]) -> str:
     """Which architecture's flags to offer: from --arch, an override or the config file; topk if nothing says."""
     from sae_kit.registry import get_architecture
 
-    spellings = ("arch", "sae.architecture", f"{SAE_PREFIX}.architecture")
     for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
         name, _, value = word.removeprefix("--").partition("=")
-        if name in spellings and (value or word.startswith("--")):
+        if _path(name) == _path("arch") and (value or word.startswith("--")):
             return get_architecture(value or after).name
     for word in arguments:
         if not word.startswith("-") and "=" not in word and Path(word).suffix in (".yaml", ".yml", ".json"):
@@ -153,7 +164,7 @@ def _train_parser(architecture: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sae-kit train",
         usage="sae-kit train [FILE.yaml] [FIELD=VALUE ...] [--FIELD VALUE ...]",
-        description="Train SAEs. A value is written as in YAML; 'none' is None; a share of the run is written '5%'.",
+        description="Train SAEs. A value is written as in YAML; null is None; a share of the run is written '5%'.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=120),
@@ -162,10 +173,10 @@ def _train_parser(architecture: str) -> argparse.ArgumentParser:
         "words", nargs="*", default=[], metavar="FILE or FIELD=VALUE", help="a config file, overrides of its fields"
     )
     short = parser.add_argument_group("a run of one SAE")
-    for flag, (path, text) in SHORT_FLAGS.items():
+    for flag, text in SHORT_FLAGS.items():
         names = f": {', '.join(list_architectures())}" if flag == "arch" else ""
         default = " (default: topk)" if flag == "arch" else ""
-        short.add_argument(f"--{flag}", metavar=flag.upper(), help=f"{text}{names} [{path}]{default}")
+        short.add_argument(f"--{flag}", metavar=flag.upper(), help=f"{text}{names} [{'.'.join(_path(flag))}]{default}")
     sae = parser.add_argument_group(f"the SAE ({architecture}; another --arch shows its own fields)")
     _add_fields(sae, list_architectures()[architecture].config, "sae", leave_out=("metadata",))
     run = parser.add_argument_group("the run")
@@ -207,7 +218,7 @@ def _parts(hint: Any) -> Iterator[Any]:
 
 
 def _yaml(value: object) -> str:
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _print_environment() -> None:

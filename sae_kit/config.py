@@ -114,8 +114,9 @@ def load_tree(path: Path | str) -> dict[str, Any]:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise ConfigError(f"cannot read the config {path}: {reason}") from error
     try:
         data = parse_json(text) if path.suffix == ".json" else _parse_yaml(text)
     except ValueError as error:
@@ -146,8 +147,15 @@ def dump_yaml(tree: object) -> str:
 
 
 def parse_scalar(text: str) -> Any:
-    """The value of a command-line argument: `32`, `1e-4`, `true`, `none`, `[1, 2]`, or text."""
-    return None if text in ("none", "None") else _parse_yaml(text)
+    """The value of a command-line argument, read as YAML: `32`, `1e-4`, `true`, `null`, `[1, 2]`, or text.
+
+    Raises:
+        ConfigError: not YAML, such as an open bracket.
+    """
+    try:
+        return _parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{text!r} is not a value that YAML can read: {error}") from error
 
 
 def field_docs(cls: type) -> dict[str, str]:
@@ -207,10 +215,11 @@ def _structure(hint: Any, data: object, where: str) -> Any:
         if data in arguments:
             return data
         raise ConfigError(f"{_at(where)}expected one of {', '.join(map(repr, arguments))}, found {data!r}")
-    if origin is tuple and isinstance(data, Sequence) and not isinstance(data, str):
-        hints = [arguments[0]] * len(data) if arguments[1:] == (...,) else arguments
+    if origin in (tuple, list) and isinstance(data, Sequence) and not isinstance(data, str):
+        any_length = origin is list or arguments[1:] == (...,)
+        hints = [arguments[0]] * len(data) if any_length else arguments
         if len(hints) == len(data):
-            return tuple(
+            return origin(
                 _structure(h, item, f"{where}[{i}]") for i, (h, item) in enumerate(zip(hints, data, strict=True))
             )
     if origin in (dict, Mapping) and isinstance(data, Mapping):

@@ -1,4 +1,4 @@
-"""Every error that sae_kit raises on purpose.
+"""The errors of sae_kit: what a config, a file, a model or data can do wrong.
 
     SAEKitError
     ├── ConfigError (ValueError)            a value, or a combination of values, that cannot be built
@@ -11,12 +11,15 @@
     ├── NonFiniteError (RuntimeError)       training diverged
     ├── FileFormatError (ValueError)        a file that is not what it says
     │   ├── CorruptFileError                torn, truncated, or inconsistent with its config
-    │   ├── FormatTooNewError               written by a later sae_kit
-    │   └── UnsupportedError                well-formed, but nothing here computes it rightly
+    │   └── FormatTooNewError               written by a later sae_kit
     └── OutputExistsError (FileExistsError) a folder that would have been overwritten
 
-Each message says what was expected, what was found and what to do. The built-in base lets a caller
-catch them without importing this module.
+    UserWarning
+    └── UnknownScaleWarning                 a scale that a file asks for and does not hold
+
+Each message says what was expected, what was found and what to do. The built-in base lets a caller catch them without
+importing this module. Where a built-in error says all there is to say it is raised as it is: FileNotFoundError for
+a file that is not there, ValueError and RuntimeError for calls that only a mistake in the calling code makes.
 """
 
 from __future__ import annotations
@@ -74,10 +77,6 @@ class CorruptFileError(FileFormatError):
 
 class FormatTooNewError(FileFormatError):
     """A file written by a later version of sae_kit."""
-
-
-class UnsupportedError(FileFormatError):
-    """A well-formed file whose meaning nothing here computes rightly."""
 
 
 class OutputExistsError(SAEKitError, FileExistsError):

@@ -73,6 +73,8 @@ class _SAEMethods:
     ) -> None:
         """Detach the SAEs at these sites (None: all), and attach `prev_saes`, one per name, in their place.
 
+        Each of them takes its own `use_error_term`: one that an earlier `add_sae` was given is not remembered.
+
         Raises:
             HookNotFoundError: a name at which no SAE is attached.
         """

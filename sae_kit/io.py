@@ -119,7 +119,7 @@ def _config_to_file(sae: SAE, pair: str) -> dict[str, Any]:
         "device": "cpu",
         "normalize_activations": cfg.normalize_activations or "none",
         "metadata": {
-            **metadata.to_dict(),
+            **metadata.to_file(),
             "sae_lens_version": SAE_LENS_COMPATIBILITY,
             "sae_lens_training_version": None,
             "sae_kit": {**metadata.extra.get("sae_kit", {}), **stamp},
@@ -211,7 +211,11 @@ def load(
         ) from error
     if verify and "pair" in stamp and _hash(tensors) != stamp["pair"]:
         raise CorruptFileError(f"{path}: the weights are not those that were written (hash differs from the config's)")
-    targets = {name: _forward_tensors(sae)[name].dtype for name in tensors}
+    targets = {name: tensor.dtype for name, tensor in _forward_tensors(sae).items()}
+    if wrong := [n for n, t in tensors.items() if t.is_floating_point() != targets[n].is_floating_point]:
+        raise CorruptFileError(
+            f"{path}: expected floating-point numbers, found {', '.join(sorted(wrong))} of another kind"
+        )
     sae.load_state_dict(
         {name: tensor.to(device=device, dtype=targets[name]) for name, tensor in tensors.items()}
         | _counters(sae, folder, device),
@@ -244,7 +248,7 @@ def _read_config(folder: Path, strict: bool) -> tuple[SAEConfig, dict[str, Any]]
 
 
 def _config_from_file(data: dict[str, Any], path: Path, strict: bool) -> tuple[SAEConfig, dict[str, Any]]:
-    found = SAEMetadata.from_dict(data.get("metadata") or {}, f"{path}: metadata")
+    found = SAEMetadata.from_file(data.get("metadata") or {}, f"{path}: metadata")
     for name in ("sae_lens_version", "sae_lens_training_version"):
         found.extra.pop(name, None)
     ours = found.extra.pop("sae_kit", None)

@@ -16,7 +16,7 @@ SAE_LENS_COMPATIBILITY = "6.0.0"
 
 @dataclass(kw_only=True, slots=True)
 class SAEMetadata:
-    """What is known about an SAE's origin; None means unknown."""
+    """What is known about an SAE's origin; None means unknown, or that there is no such thing."""
 
     model_name: str | None = None
     """language model, by its hub id"""
@@ -27,42 +27,52 @@ class SAEMetadata:
     hook_head_index: int | None = None
     """attention head, if only one is read"""
     hook_head_index_out: int | None = None
+    """attention head, if only one is written"""
     hf_hook_name: str | None = None
     """module path of the site in the plain Hugging Face model"""
     hf_hook_name_out: str | None = None
+    """the same for the site that is written"""
     model_class_name: str | None = None
+    """class of the model object that the run read, such as TransformerBridge"""
     model_from_pretrained_kwargs: dict[str, Any] | None = None
     """weight processing that the activations depend on"""
     prepend_bos: bool | None = None
+    """whether each row of tokens began with BOS"""
     exclude_special_tokens: bool | list[int] | None = None
-    """token ids whose positions were not trained on"""
+    """token ids whose positions were not trained on; true: the tokenizer's special ones, false: none"""
     context_size: int | None = None
+    """tokens in a row of training data"""
     seqpos_slice: tuple[int | None, ...] | None = None
+    """arguments of the `slice` of positions in a row that were trained on; (None,) is all of them"""
     dataset_path: str | None = None
+    """data set, by its hub id or path"""
     neuronpedia_id: str | None = None
+    """where Neuronpedia shows it: model/layer-and-release"""
     l0: float | None = None
+    """latents that are on per token, by the evaluation after training"""
     num_dead_features: int | None = None
+    """latents that were dead when training ended"""
     training_architecture: str | None = None
+    """architecture that was trained; the one in the file may have been made from it"""
     training_architecture_details: dict[str, Any] | None = None
     """fields that only shaped training"""
     extra: dict[str, Any] = field(default_factory=dict)
     """everything else, kept verbatim"""
 
     @classmethod
-    def from_dict(cls, data: object, where: str = "") -> SAEMetadata:
-        """Known names become fields, all others go to `extra`, an `extra` of a config tree included."""
+    def from_file(cls, data: object, where: str) -> SAEMetadata:
+        """The metadata of a `cfg.json`, which others may have written: unknown names are kept in `extra`."""
         from sae_kit.errors import ConfigError
 
         if not isinstance(data, dict):
-            raise ConfigError(f"{where or 'metadata'}: expected a mapping, found {data!r}")
+            raise ConfigError(f"{where}: expected a mapping, found {data!r}")
         names = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         known = {key: value for key, value in data.items() if key in names}
         if isinstance(known.get("seqpos_slice"), list):
             known["seqpos_slice"] = tuple(known["seqpos_slice"])
-        extra = {key: value for key, value in data.items() if key not in names and key != "extra"}
-        return cls(**known, extra={**data.get("extra", {}), **extra})
+        return cls(**known, extra={key: value for key, value in data.items() if key not in names})
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_file(self) -> dict[str, Any]:
         """Fields and `extra` side by side, as files have them."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
         if isinstance(fields["seqpos_slice"], tuple):

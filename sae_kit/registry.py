@@ -53,7 +53,7 @@ def get_architecture(name: str) -> Architecture:
         UnknownArchitectureError: no such name; the message lists those that there are.
     """
     known = list_architectures()
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise UnknownArchitectureError(
             f"unknown architecture {name!r}.{did_you_mean(str(name), known)} Known: {', '.join(known)}"
         )

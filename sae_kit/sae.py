@@ -10,14 +10,15 @@ shapes, dtypes, normalisation, hook points, the error term, folds. The same clas
 
 import copy
 import dataclasses
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae_kit import config as trees
@@ -26,7 +27,7 @@ from sae_kit.errors import ConfigError, ShapeError
 from sae_kit.hooks import HookPoint
 from sae_kit.metadata import SAEMetadata
 from sae_kit.normalization import Normalization, NormalizationMode
-from sae_kit.ops import Codes, SparseCodes, decode, to_dense
+from sae_kit.ops import Codes, SparseCodes, decode, to_dense, widen
 from sae_kit.registry import get_architecture
 from sae_kit.seeding import generator
 
@@ -63,7 +64,7 @@ class Encoding(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SAEConfig(ABC):
-    """Fields of every architecture. `d_in` may be left to the hook of a run; everything else has a default."""
+    """Fields of every architecture. `d_in` may be left to the hook of a run; all but `d_sae` have a default."""
 
     architecture: ClassVar[str] = ""
 
@@ -85,6 +86,10 @@ class SAEConfig(ABC):
     """norm of the decoder rows at the start; None = as drawn"""
     decoder_norm_constraint: Literal["free", "unit"] = training_only("free")
     """unit: decoder rows keep norm 1 throughout training"""
+    aux_coefficient: float = training_only(0.0)
+    """weight of AuxK, the loss in which dead latents explain what the living ones miss; 0 = off"""
+    aux_k: int | None = training_only(None)
+    """dead latents that AuxK lets speak in each row; None = d_in // 2"""
     dead_after_tokens: Tokens | None = training_only(None)
     """a latent silent for so many tokens is dead; None = the smaller of 10M and a tenth of the run"""
     metadata: SAEMetadata = field(default_factory=SAEMetadata)
@@ -97,9 +102,19 @@ class SAEConfig(ABC):
                 raise ConfigError(f"{name} must be at least 1, found {size}")
         if self.decoder_init_norm is not None and self.decoder_init_norm <= 0:
             raise ConfigError(f"decoder_init_norm must be positive or None, found {self.decoder_init_norm}")
+        if self.aux_k is not None and self.aux_k < 1:
+            raise ConfigError(f"aux_k must be at least 1, found {self.aux_k}")
+        if not self.aux_coefficient >= 0:
+            raise ConfigError(f"aux_coefficient must be at least 0, found {self.aux_coefficient}")
+        for name, coefficient in self.coefficients().items():
+            if not coefficient.value >= 0:
+                raise ConfigError(f"{name}_coefficient must be at least 0, found {coefficient.value}")
+            trees.resolve_tokens(coefficient.warm_up, 1, f"{name}_warm_up_tokens")
+        if self.dead_after_tokens is not None:
+            trees.resolve_tokens(self.dead_after_tokens, 1, "dead_after_tokens")
 
     def coefficients(self) -> dict[str, Coefficient]:
-        """Weights of the architecture's own loss terms, by name; a term whose weight is 0 is not computed."""
+        """Weights of the architecture's own loss terms, by name."""
         return {}
 
     def build(self, seed: int = 0) -> "SAE":
@@ -111,9 +126,9 @@ class SAEConfig(ABC):
         fields = [f for f in dataclasses.fields(self) if f.metadata.get("training_only")]
         metadata = copy.deepcopy(self.metadata)
         metadata.training_architecture = metadata.training_architecture or self.architecture
-        metadata.training_architecture_details = metadata.training_architecture_details or {
-            f.name: getattr(self, f.name) for f in fields
-        }
+        details = {f.name: getattr(self, f.name) for f in fields}
+        if metadata.training_architecture_details is None or any(details[f.name] != f.default for f in fields):
+            metadata.training_architecture_details = details
         return dataclasses.replace(self, **{f.name: f.default for f in fields}, metadata=metadata)
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,6 +164,8 @@ class SAE(nn.Module, ABC):
     config_class: ClassVar[type[SAEConfig]]
     exact_dtype_tensors: ClassVar[frozenset[str]] = frozenset({"norm_in.scale"})
     """names of tensors that stay in float32 or wider whatever the dtype of the SAE"""
+    threshold_names: ClassVar[frozenset[str]] = frozenset()
+    """parameters whose gradient is a kernel estimate: an optimizer group of their own, outside the gradient norm"""
     norm_fold_is_exact: ClassVar[bool] = True
     """whether f works latent by latent, so that scaling one latent cannot change which others are on"""
 
@@ -171,10 +188,10 @@ class SAE(nn.Module, ABC):
         self.cfg = dataclasses.replace(cfg, metadata=copy.deepcopy(cfg.metadata))  # folds write into it
         self.d_in, self.d_sae = cfg.d_in, cfg.d_sae
         self.use_error_term = False
-        self.norm_in = Normalization(cfg.normalize_activations or "none", self.d_in)
+        wide = _exact_dtype(DTYPES[cfg.dtype])
+        self.norm_in = Normalization(cfg.normalize_activations or "none", self.d_in, wide)
         for name, shape in self.parameter_shapes().items():
-            exact = name in self.exact_dtype_tensors and cfg.dtype != "float64"
-            dtype = torch.float32 if exact else DTYPES[cfg.dtype]
+            dtype = wide if name in self.exact_dtype_tensors else DTYPES[cfg.dtype]
             self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=dtype)))
         self.register_buffer("tokens_since_fired", torch.zeros(self.d_sae, dtype=torch.int64))
         self.register_buffer("firing_count", torch.zeros(self.d_sae, dtype=torch.int64))
@@ -197,11 +214,11 @@ class SAE(nn.Module, ABC):
 
     def sparsity_losses(
         self,
-        x: Float[Tensor, "batch d_in"],
         encoding: Encoding,
+        y: Float[Tensor, "batch d_out"],
         coefficients: Mapping[str, float],
     ) -> dict[str, Float[Tensor, ""]]:
-        """The architecture's own loss terms on normalised rows, each with its coefficient."""
+        """The architecture's own loss terms, each with its coefficient; `y` is the target in training space."""
         return {}
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -221,6 +238,12 @@ class SAE(nn.Module, ABC):
                 drawn *= norm / torch.linalg.vector_norm(drawn, dim=1, keepdim=True)
             rows.copy_(drawn)
         self.W_enc.copy_(self.W_dec.T)
+
+    @torch.no_grad()
+    def restore_constraints(self) -> None:
+        """What holds after every optimizer step: unit decoder rows, where they are asked for."""
+        if self.cfg.decoder_norm_constraint == "unit":
+            self.W_dec /= self.decoder_norms().to(self.dtype)[:, None]
 
     def scale_latents(self, factor: Float[Tensor, " d_sae"]) -> None:
         """Scale the encoder so that every code is `factor` times larger (part of the decoder-norm fold)."""
@@ -251,17 +274,28 @@ class SAE(nn.Module, ABC):
         return self._acts(self.hook_sae_input(self._prepare(u)[0]))
 
     def encode_sparse(self, u: Float[Tensor, "..."]) -> SparseCodes:
-        """The same codes without the zeros; of the hook points only the input and, if listened to, acts_pre fire."""
-        codes = self._encode(self.hook_sae_input(self._prepare(u)[0])).codes
+        """The same codes without the zeros; nothing of size [..., d_sae] is made for hook points without hooks."""
+        seen = self.hook_sae_input(self._prepare(u)[0])
+        if self.hook_sae_acts_post.is_listening:
+            return SparseCodes.from_dense(self._acts(seen))
+        codes = self._encode(seen).codes
         sparse = codes if isinstance(codes, SparseCodes) else SparseCodes.from_dense(codes)
         return sparse.scale(self.decoder_norms()) if self.rescales else sparse
 
-    def decode(self, acts: Float[Tensor, "... d_sae"] | SparseCodes) -> Float[Tensor, "... d_in"]:
-        """Raw activations from codes, dense or sparse: [..., d_sae] -> [..., d_in] (heads stay flat)."""
+    def decode(self, acts: Float[Tensor, "... codes"] | SparseCodes) -> Float[Tensor, "... d_in"]:
+        """Raw activations from codes, dense or sparse: [..., d_sae] -> [..., d_in] (heads stay flat).
+
+        Raises:
+            ShapeError: codes of another width.
+        """
+        width = acts.d_sae if isinstance(acts, SparseCodes) else acts.shape[-1]
+        if width != self.d_sae:
+            raise ShapeError(f"expected codes of width d_sae = {self.d_sae}, found {width}")
         if self.rescales:
             norms = self.decoder_norms()
-            acts = acts.scale(1 / norms) if isinstance(acts, SparseCodes) else acts / norms.to(acts.dtype)
-        return self.norm_in.inverse(self.hook_sae_recons(self.reconstruct(acts)))
+            acts = acts.scale(1 / norms) if isinstance(acts, SparseCodes) else acts / norms
+        codes = acts if isinstance(acts, SparseCodes) else acts.to(self.dtype)
+        return self.norm_in.inverse(self.hook_sae_recons(self.reconstruct(codes)))
 
     def forward(self, u: Float[Tensor, "..."], *, use_error_term: bool | None = None) -> Float[Tensor, "..."]:
         """Reconstruction of raw activations, in their shape.
@@ -279,10 +313,21 @@ class SAE(nn.Module, ABC):
             out = out + self.hook_sae_error(self._error(flat, out))
         return self.hook_sae_output(out.reshape(shape))
 
-    def preactivations(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
-        """h = (x − a·b_dec) W_enc + b_enc, with b_dec moved into the bias: no gradient of x's size is built for it."""
-        bias = self.b_enc - self.b_dec @ self.W_enc if self.cfg.apply_b_dec_to_input else self.b_enc
-        return x @ self.W_enc + bias
+    def preactivations(
+        self, x: Float[Tensor, "... d_in"], latents: Int[Tensor, " latents"] | None = None
+    ) -> Float[Tensor, "... _"]:
+        """h = (x − a·b_dec) W_enc + b_enc, of all latents or of some.
+
+        b_dec moves into the bias, so no gradient of the size of x is built for it. Of some latents only (dead ones, in
+        AuxK) b_dec is taken as a constant.
+        """
+        W_enc, b_enc, b_dec = self.W_enc, self.b_enc, self.b_dec
+        if latents is not None:
+            W_enc, b_enc, b_dec = W_enc[:, latents], b_enc[latents], b_dec.detach()
+        if self.cfg.apply_b_dec_to_input:
+            b_enc = (widen(b_enc) - widen(b_dec) @ widen(W_enc)).to(self.dtype)
+        flat = torch.addmm(b_enc, x.reshape(-1, self.d_in), W_enc)
+        return flat.reshape(*x.shape[:-1], len(b_enc))
 
     def reconstruct(self, codes: Codes) -> Float[Tensor, "... d_in"]:
         """codes · W_dec + b_dec, in training space."""
@@ -336,12 +381,12 @@ class SAE(nn.Module, ABC):
             ConfigError: the architecture compares unscaled latents with each other, so the fold would change which are
                 selected.
         """
-        norms = self.decoder_norms()
-        if not (self.norm_fold_is_exact or self.rescales or torch.allclose(norms, norms[:1], rtol=1e-6, atol=0)):
+        if not self._decoder_norm_folds():
             raise ConfigError(
                 f"the decoder norms of this {self.cfg.architecture} SAE differ and take no part in its selection: "
                 "folding them would change which latents are on"
             )
+        norms = self.decoder_norms()
         self.scale_latents(norms)
         self.W_dec.div_(norms[:, None])
         self._record_fold(decoder_norm=True)
@@ -377,11 +422,14 @@ class SAE(nn.Module, ABC):
         """
         sae = copy.deepcopy(self)
         sae.fold_normalization()
-        norms = sae.decoder_norms()
-        if sae.norm_fold_is_exact or sae.rescales or torch.allclose(norms, norms[:1], rtol=1e-6, atol=0):
+        if sae._decoder_norm_folds():
             sae.fold_decoder_norm()
         sae.cfg = sae.cfg.for_inference()
         return sae
+
+    def _decoder_norm_folds(self) -> bool:
+        norms = self.decoder_norms()
+        return self.norm_fold_is_exact or self.rescales or torch.allclose(norms, norms[:1], rtol=1e-6, atol=0)
 
     def _record_fold(self, **facts: float | bool) -> None:
         ours = self.cfg.metadata.extra.setdefault("sae_kit", {})
@@ -412,15 +460,27 @@ class SAE(nn.Module, ABC):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SAE":
         """`.to(bfloat16)` leaves thresholds and statistics in full precision."""
-        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        exact = {name: tensors[name].detach() for name in self.exact_dtype_tensors if name in tensors}
+        exact = {name: tensor.detach() for name, tensor in self._exact_tensors()}
         super()._apply(fn, recurse)
-        for name, before in exact.items():
-            now = self.get_parameter(name) if name in dict(self.named_parameters()) else self.get_buffer(name)
-            if now.dtype.itemsize < before.dtype.itemsize:
-                now.data = before.to(device=now.device)
+        wide = _exact_dtype(self.dtype)
+        for name, tensor in self._exact_tensors():
+            if tensor.dtype != wide:
+                tensor.data = exact[name].to(device=tensor.device, dtype=wide)
+        dtype = str(self.dtype).removeprefix("torch.")
+        if dtype != self.cfg.dtype:
+            self.cfg = trees.structure_fields(type(self.cfg), {**trees.shallow(self.cfg), "dtype": dtype})
         return self
+
+    def _exact_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in itertools.chain(self.named_parameters(), self.named_buffers()):
+            if name in self.exact_dtype_tensors:
+                yield name, tensor
 
     def extra_repr(self) -> str:
         site = f", {self.cfg.metadata.hook_name}" if self.cfg.metadata.hook_name else ""
         return f"d_in={self.d_in}, d_sae={self.d_sae}, {str(self.dtype).removeprefix('torch.')}{site}"
+
+
+def _exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of thresholds and statistics in an SAE of `dtype`: float32, or float64 in a float64 SAE."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

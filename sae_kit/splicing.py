@@ -7,6 +7,10 @@ the site the SAE's own hook points become addressable from a TransformerLens hos
 
 At each site the splices form a stack whose top alone acts. An inner context therefore replaces the SAE of an outer one,
 and brings it back with its own settings.
+
+A site is a HookPoint, or the input or the output of a module. Several names of one HookPoint are one site
+(`blocks.1.hook_resid_post`, `blocks.1.hook_out`); a HookPoint and a module path at which the model computes the same
+value are two (`blocks.2.hook_resid_pre` and `model.layers.2:in` of a bridge): SAEs at both act one after the other.
 """
 
 import functools
@@ -58,7 +62,7 @@ def attached(
     Raises:
         HookNotFoundError: a site is not in the model; raised, like all of these, before any forward.
         ShapeError: an SAE is not as wide as its site (where only a forward can tell, raised by that).
-        ConfigError: two SAEs at one site, one SAE at two, or a site that cannot be replaced.
+        ConfigError: two SAEs at one site, one SAE at two, a site that cannot be replaced, or something that is no SAE.
     """
     attachment = attach(model, saes, use_error_term, record)
     try:
@@ -207,6 +211,9 @@ class _Splice:
         self._publish()
 
     def _deactivate(self) -> None:
+        if self._hook_id is not None and not self.is_active:  # removed with all hooks: those below must stay away too
+            for splice in _table(self._model).get(_key(self.site), []):
+                splice._resumable = False
         if self._handle is not None:
             self._handle.remove()
             self._unpublish()
@@ -281,7 +288,7 @@ def attach(
 
 
 def detach_at(model: nn.Module, names: Sequence[str] | None = None) -> None:
-    """Take every SAE away from these sites, in whatever spelling; None: from all.
+    """Take every SAE away from these sites, under any of their names; None: from all.
 
     Raises:
         HookNotFoundError: a name at which no SAE is attached; then nothing is changed.
@@ -308,9 +315,11 @@ def _bind(model: nn.Module, saes: SAEs) -> list[_Bound]:
     """Find every site and refuse what cannot work, before anything is attached."""
     if isinstance(saes, Mapping):
         pairs = cast("Mapping[Spelling, SAE]", saes).items()
-        bound = [_Bound(resolve(model, site), sae) for site, sae in pairs]
+        bound = [_Bound(resolve(model, site), require_sae(sae)) for site, sae in pairs]
+    elif isinstance(saes, Iterable) and not isinstance(saes, SAE):
+        bound = [_Bound(site_of(model, require_sae(sae)), sae) for sae in saes]
     else:
-        bound = [_Bound(site_of(model, sae), sae) for sae in ([saes] if isinstance(saes, SAE) else saes)]
+        bound = [_Bound(site_of(model, require_sae(saes)), saes)]
     places = {_key(stack[-1].site): stack[-1].sae for stack in _table(model).values()}
     new: dict[tuple[int, IO], SAE] = {}
     for site, sae in bound:
@@ -346,6 +355,19 @@ def site_of(model: nn.Module, sae: SAE) -> BoundSite:
         if metadata.hf_hook_name is None or hasattr(model, "hook_dict"):
             raise
         return resolve(model, metadata.hf_hook_name)
+
+
+def require_sae(sae: Any) -> SAE:
+    """`sae` as it is.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if not isinstance(sae, SAE):
+        raise ConfigError(
+            f"expected an SAE, several, or {{site: sae}}, found {type(sae).__name__}; SAE.load_from_disk reads one"
+        )
+    return sae
 
 
 def _check(model: nn.Module, site: BoundSite, sae: SAE) -> None:

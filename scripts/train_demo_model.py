@@ -4,8 +4,9 @@
 
 A four-layer Llama (d_model 128, byte-level BPE of 2,048 tokens, 1.1M parameters) learns from the training
 side of `sae_kit.demo.corpus()`. Everything is seeded: one interpreter, one torch build and one number of threads give
-one model. `--work` holds the newest checkpoint; the same command continues from it. Losses are printed for
-training rows and for held-out modules, the latter in bits per byte, so that they compare across tokenizers.
+one model. `--work` holds the newest checkpoint; the same command continues from it, and one with other arguments or
+other text is refused. Losses are printed for training rows and for held-out modules, the latter in bits per byte, so
+that they compare across tokenizers.
 
 Matrices are trained by Muon, which reaches the same loss as Adam in about half the tokens at this size; embeddings and
 gains by AdamW. Matrix products run in bfloat16 (processors with AMX gain a factor of ten), weights stay float32.
@@ -14,6 +15,7 @@ gains by AdamW. Matrix products run in bfloat16 (processors with AMX gain a fact
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import math
@@ -99,7 +101,13 @@ def main() -> None:
     log.info("%.2fM parameters", sum(p.numel() for p in model.parameters()) / 1e6)
     optimizers = make_optimizers(model)
     steps = args.tokens // (args.rows * CONTEXT)
-    start = load_checkpoint(args.work / "checkpoint.pt", model, optimizers)
+    run = {
+        "tokens": args.tokens,
+        "rows": args.rows,
+        "seed": args.seed,
+        "text": hashlib.sha256(train_ids.tobytes()).hexdigest()[:16],
+    }
+    start = load_checkpoint(args.work / "checkpoint.pt", run, model, optimizers)
 
     running, since = 0.0, time.perf_counter()
     rows = batches(train_ids, args.rows, seed=args.seed)
@@ -122,7 +130,7 @@ def main() -> None:
         running += loss.item()
         done = step + 1
         if done % SAVE_EVERY == 0:
-            save_checkpoint(args.work / "checkpoint.pt", model, optimizers, done)
+            save_checkpoint(args.work / "checkpoint.pt", run, model, optimizers, done)
         if done % 50 == 0:
             rate = 50 * args.rows * CONTEXT / (time.perf_counter() - since)
             log.info(
@@ -239,18 +247,35 @@ def bits_per_byte(model: LlamaForCausalLM, ids: np.ndarray, n_bytes: int) -> flo
     return mean_nats(model, ids) * len(ids) / math.log(2) / n_bytes
 
 
-def save_checkpoint(path: Path, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer], step: int) -> None:
+Run = dict[str, int | str]
+"""What has to be the same for a checkpoint to be continued: the arguments, and a hash of the training ids."""
+
+
+def save_checkpoint(
+    path: Path, run: Run, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer], step: int
+) -> None:
     temporary = path.with_suffix(".tmp")
-    torch.save(
-        {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}, temporary
-    )
+    state = {"run": run, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}
+    torch.save(state, temporary)
     temporary.replace(path)
 
 
-def load_checkpoint(path: Path, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
+def load_checkpoint(path: Path, run: Run, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
+    """The step at which to continue: 0 if there is no checkpoint. One of another run ends the program."""
     if not path.exists():
         return 0
     state = torch.load(path, weights_only=True)
+    saved_run = state.get("run", {})
+    wrong = [
+        f"{key} {saved_run.get(key, 'unknown')}, now {value}"
+        for key, value in run.items()
+        if saved_run.get(key) != value
+    ]
+    if wrong:
+        raise SystemExit(
+            f"{path} is the checkpoint of another run ({'; '.join(wrong)}). Repeat its arguments, choose another "
+            "--work, or remove it to start anew"
+        )
     model.load_state_dict(state["model"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)

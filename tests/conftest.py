@@ -4,25 +4,11 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from helpers import DemoRun
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a dead host costs 23 seconds of retries
-
-
-class DemoRun(NamedTuple):
-    """`sae-kit demo` as a user runs it: its folder, what it printed, and how long it took."""
-
-    home: Path
-    """where it was started; the run is in runs/demo below it"""
-    output: str
-    seconds: float
-
-    @property
-    def folder(self) -> Path:
-        return self.home / "runs" / "demo"
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """What many tests need: every registered architecture with weights that hide no mistake."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,3 +45,16 @@ def rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
 def relative(found: Tensor, expected: Tensor) -> float:
     """Largest difference, relative to the largest expected value."""
     return float(((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).detach())
+
+
+class DemoRun(NamedTuple):
+    """`sae-kit demo` as a user runs it: its folder, what it printed, and how long it took."""
+
+    home: Path
+    """where it was started; the run is in runs/demo below it"""
+    output: str
+    seconds: float
+
+    @property
+    def folder(self) -> Path:
+        return self.home / "runs" / "demo"

@@ -50,6 +50,19 @@ def test_added_saes_stay_until_reset(llama: Any) -> None:
     assert llama(ids()).equal(clean)
 
 
+def test_former_saes_come_back_with_their_own_error_term(llama: Any) -> None:
+    clean, sae = llama(ids()), sae_at(SITE)
+    llama.add_sae(sae, use_error_term=True)
+    llama.add_sae(sae_at(SITE, seed=7))
+    llama.reset_saes(SITE, prev_saes=[sae])
+    assert llama(ids()).equal(llama.run_with_saes(ids(), saes=sae, use_error_term=False))
+    llama.reset_saes()
+    sae.use_error_term = True
+    llama.add_sae(sae_at(SITE, seed=7))
+    llama.reset_saes(SITE, prev_saes=[sae])
+    torch.testing.assert_close(llama(ids()), clean, rtol=0, atol=1e-5)
+
+
 def test_reset_refuses_sites_without_an_sae(llama: Any) -> None:
     llama.add_sae(sae_at(SITE))
     with pytest.raises(HookNotFoundError, match=r"no SAE is attached at 'blocks\.1\.hook_resid_pst'\. Did you mean"):

@@ -103,7 +103,7 @@ ARROWS: dict[str, set[str]] = {
     "synthetic": {"data"},
     "splicing": {"data"},
     "hooked": {"splicing"},
-    "evals": {"hooked"},
+    "evals": {"splicing"},
     "dashboards": {"hooked"},
     "training": {"data", "evals"},
     "demo": {"training", "dashboards"},
@@ -120,16 +120,15 @@ SIDE_DOORS = {
 HOMES = {
     "transformer_lens": ("data/capture.py", "hooked.py", "demo/"),
     "transformers": ("data/capture.py", "data/tokens.py", "hooked.py", "demo/"),
-    "datasets": ("data/tokens.py",),
+    "datasets": ("data/sources.py",),
     "wandb": ("training/callbacks",),
     "huggingface_hub": ("hub.py", "pretrained/"),
     "rich": ("demo/", "cli"),
-    "tyro": ("cli",),
     "yaml": ("config.py",),
     "pandas": (),
 }
 """heavy package -> the files that may import it"""
-AT_MODULE_LEVEL = {"rich", "tyro"}
+AT_MODULE_LEVEL = {"rich"}
 """allowed at the top of their files, which nothing but the command line imports; all others only in functions"""
 
 

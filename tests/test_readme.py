@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 
 import pytest
-from conftest import DemoRun
+from helpers import DemoRun
 from test_docs import ROOT, python_blocks
 
 from sae_kit import list_architectures

@@ -1,6 +1,8 @@
 """SAEs inside models: the rules that hold on every host, on small random models."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -309,6 +311,38 @@ def test_many_cycles_leave_nothing(llama: Any) -> None:
     assert not any(point.is_listening for point in (sae.hook_sae_acts_post, sae.hook_sae_output))
 
 
+@pytest.mark.parametrize("when", ["before", "within"])
+def test_an_sae_removed_with_all_hooks_does_not_come_back(llama: Any, when: str) -> None:
+    clean = llama(ids())
+    with attached(llama, sae_at(SITE)) as outer, attached(llama, sae_at(SITE, seed=2)) as middle:
+        if when == "before":
+            llama.reset_hooks(including_permanent=True)
+        with attached(llama, sae_at(SITE, seed=3)) as inner:
+            assert inner.is_attached
+            assert differ(llama(ids()), clean)
+            if when == "within":
+                llama.reset_hooks(including_permanent=True)
+        assert not middle.is_attached
+        assert llama(ids()).equal(clean)
+        middle.detach()
+        assert not outer.is_attached
+        assert llama(ids()).equal(clean)
+        assert llama.acts_to_saes == {}
+
+
+def test_a_hook_point_and_a_module_path_are_two_sites(llama: Any) -> None:
+    point, path = "blocks.2.hook_resid_pre", "model.layers.2:in"
+    saes = {point: sae_at(point), path: sae_at(path, seed=2)}
+    with attached(llama, saes, record=("hook_sae_input", "hook_sae_output")) as spliced:
+        llama(ids())
+        assert spliced.is_attached
+        chained = [
+            spliced.acts[f"{first}.hook_sae_output"].equal(spliced.acts[f"{second}.hook_sae_input"])
+            for first, second in ((point, path), (path, point))
+        ]
+    assert chained.count(True) == 1
+
+
 # ---- recorded activations --------------------------------------------------------------------------------------------
 
 
@@ -434,6 +468,8 @@ def test_a_hooked_root_module_keeps_its_hooks_in_dicts_of_its_own() -> None:
             r"attached at another site .* copy\.deepcopy",
         ),
         (lambda: sae_at(None), ConfigError, r"pass \{site: sae\}"),
+        (lambda: iter(["runs/saes/sae"]), ConfigError, r"found str; SAE\.load_from_disk reads one"),
+        (lambda: {SITE: sae_at(SITE), EARLIER: None}, ConfigError, "expected an SAE, .*found NoneType"),
         (lambda: sae_at("blocks.1.hook_resid_mid"), ConfigError, r"cannot be attached at 'blocks\.1\.hook_resid_mid'"),
         (lambda: sae_at(SITE, d_in=16), ShapeError, r"'blocks\.1\.hook_resid_post' takes .* width 16, found 32"),
         (lambda: {"lm_head": sae_at(SITE)}, ShapeError, "'lm_head' takes activations of width 32, found 61"),
@@ -451,6 +487,22 @@ def test_what_cannot_work_is_refused_before_any_forward(
     with pytest.raises(error, match=message), attached(llama, saes()):
         pytest.fail("attached")
     assert (set(llama.hook_dict), hooks_of(llama), llama.acts_to_saes) == (names, hooks, {})
+
+
+def test_something_else_than_an_sae_is_refused_where_nothing_checks_types() -> None:
+    code = """
+from torch import nn
+from sae_kit import attached
+for wrong in (nn.Linear(2, 2), None, "runs/saes/sae", {"": 5}):
+    try:
+        attached(nn.Linear(2, 2), wrong).__enter__()
+    except ValueError as error:
+        print(type(error).__name__, error)
+"""
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    said = "ConfigError expected an SAE, several, or {{site: sae}}, found {}; SAE.load_from_disk reads one"
+    assert child.stderr == ""
+    assert child.stdout.splitlines() == [said.format(kind) for kind in ("Linear", "NoneType", "str", "int")]
 
 
 def test_a_width_that_only_a_forward_knows_is_named_there(llama: Any) -> None:

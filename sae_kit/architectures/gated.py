@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_kit.config import Tokens
+from sae_kit.ops import widen
 from sae_kit.registry import register
 from sae_kit.sae import SAE, Coefficient, Encoding, SAEConfig, training_only
 
@@ -31,7 +32,7 @@ class GatedSAEConfig(SAEConfig):
 class GatedSAE(SAE):
     """c = 1[π > 0] ⊙ relu(m) with q = (x − a·b_dec) W_enc, π = q + b_gate, m = exp(r_mag) ⊙ q + b_mag.
 
-    Losses: λ · E_b Σ relu(π_i) n_i, and E_b ‖relu(π) W_dec + b_dec − x‖², which gives the gate its gradient (the
+    Losses: λ · E_b Σ relu(π_i) n_i, and E_b ‖relu(π) W_dec + b_dec − y‖², which gives the gate its gradient (the
     step 1[π > 0] has none).
     """
 
@@ -53,15 +54,26 @@ class GatedSAE(SAE):
         magnitude = on_pre(magnitude) if on_pre else magnitude
         return Encoding((gate > 0) * torch.relu(magnitude), gate)
 
+    def preactivations(
+        self, x: Float[Tensor, "... d_in"], latents: Int[Tensor, " latents"] | None = None
+    ) -> Float[Tensor, "... _"]:
+        """m; of some latents only (dead ones, in AuxK) r_mag and b_dec are taken as constants."""
+        W_enc, b_mag, r_mag, b_dec = self.W_enc, self.b_mag, self.r_mag, self.b_dec
+        if latents is not None:
+            W_enc, b_mag, r_mag, b_dec = W_enc[:, latents], b_mag[latents], r_mag[latents].detach(), b_dec.detach()
+        shared = x @ W_enc
+        if self.cfg.apply_b_dec_to_input:
+            shared = shared - b_dec @ W_enc
+        return shared * r_mag.exp() + b_mag
+
     def sparsity_losses(
-        self, x: Float[Tensor, "batch d_in"], encoding: Encoding, coefficients: Mapping[str, float]
+        self, encoding: Encoding, y: Float[Tensor, "batch d_out"], coefficients: Mapping[str, float]
     ) -> dict[str, Float[Tensor, ""]]:
         gate = torch.relu(encoding.pre)
         W_dec, b_dec = self.W_dec, self.b_dec
         if self.cfg.detach_aux_decoder:
             W_dec, b_dec = W_dec.detach(), b_dec.detach()
-        error = gate @ W_dec + b_dec - x
-        error = error.float() if error.dtype.itemsize < 4 else error
+        error = widen(gate @ W_dec + b_dec) - widen(y)
         return {
             "l1_loss": coefficients["l1"] * (gate * self.decoder_norms()).sum(dim=1).mean(),
             "auxiliary_reconstruction_loss": error.square().sum(dim=1).mean(),

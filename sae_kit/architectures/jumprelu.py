@@ -51,6 +51,10 @@ class JumpReLUSAEConfig(SAEConfig):
             raise ConfigError(f"jumprelu_bandwidth must be positive, found {self.jumprelu_bandwidth}")
         if self.jumprelu_init_threshold < 0:
             raise ConfigError(f"jumprelu_init_threshold must be at least 0, found {self.jumprelu_init_threshold}")
+        if self.frequency_scale <= 0 or self.jumprelu_tanh_scale <= 0:
+            raise ConfigError("frequency_scale and jumprelu_tanh_scale must be positive")
+        if self.threshold_lr_factor < 0:
+            raise ConfigError(f"threshold_lr_factor must be at least 0, found {self.threshold_lr_factor}")
         quadratic = self.jumprelu_sparsity_loss_mode == "quadratic"
         if quadratic and not (self.target_l0 and 0 < self.target_l0 <= self.d_sae):
             raise ConfigError(f"the quadratic mode needs a target_l0 in (0, {self.d_sae}], found {self.target_l0}")
@@ -70,6 +74,7 @@ class JumpReLUSAE(SAE):
 
     cfg: JumpReLUSAEConfig
     exact_dtype_tensors = SAE.exact_dtype_tensors | {"threshold"}
+    threshold_names = frozenset({"threshold"})
     threshold: Float[Tensor, " d_sae"]
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -87,7 +92,7 @@ class JumpReLUSAE(SAE):
         return Encoding(codes, pre)
 
     def sparsity_losses(
-        self, x: Float[Tensor, "batch d_in"], encoding: Encoding, coefficients: Mapping[str, float]
+        self, encoding: Encoding, y: Float[Tensor, "batch d_out"], coefficients: Mapping[str, float]
     ) -> dict[str, Float[Tensor, ""]]:
         cfg = self.cfg
         if cfg.jumprelu_sparsity_loss_mode in ("step", "quadratic"):
@@ -103,6 +108,11 @@ class JumpReLUSAE(SAE):
                 term = (frequency * (1 + frequency / cfg.frequency_scale)).sum()
         return {"l0_loss": coefficients["l0"] * term}
 
+    @torch.no_grad()
+    def restore_constraints(self) -> None:
+        super().restore_constraints()
+        self.threshold.clamp_(min=0)
+
     def scale_latents(self, factor: Float[Tensor, " d_sae"]) -> None:
         super().scale_latents(factor)
         self.threshold.mul_(factor)
@@ -114,18 +124,18 @@ class _Jump(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, threshold: Tensor, bandwidth: float, to_input: bool) -> Tensor:
-        on = h > threshold  # compared in the wider of the two dtypes
-        ctx.save_for_backward(h, threshold)
+        on = (h > threshold) & (h > 0)  # compared in the wider of the two dtypes
+        ctx.save_for_backward(h, threshold, on)
         ctx.bandwidth, ctx.to_input = bandwidth, to_input
-        return torch.relu(h) * on
+        return h * on
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        h, threshold = ctx.saved_tensors
-        window = ((h - threshold).abs() < ctx.bandwidth / 2) * (threshold / ctx.bandwidth)
-        slope = (h > threshold) * (h > 0) + (window if ctx.to_input else 0.0)
-        return (grad * slope).to(h.dtype), -_sum_to(grad * window, threshold), None, None
+        h, threshold, on = ctx.saved_tensors
+        near = grad * ((h - threshold).abs() < ctx.bandwidth / 2) * (threshold / ctx.bandwidth)
+        to_h = grad * on + near.to(grad.dtype) if ctx.to_input else grad * on
+        return to_h, -_sum_to(near, threshold), None, None
 
 
 class _Step(torch.autograd.Function):

@@ -51,7 +51,7 @@ class StandardSAE(SAE):
         return Encoding(torch.relu(pre), pre)
 
     def sparsity_losses(
-        self, x: Float[Tensor, "batch d_in"], encoding: Encoding, coefficients: Mapping[str, float]
+        self, encoding: Encoding, y: Float[Tensor, "batch d_out"], coefficients: Mapping[str, float]
     ) -> dict[str, Float[Tensor, ""]]:
         penalty = lp_penalty(to_dense(encoding.codes) * self.decoder_norms(), self.cfg.lp_norm)
         return {"l1_loss": coefficients["l1"] * penalty.mean()}

@@ -23,17 +23,11 @@ class TopKSAEConfig(SAEConfig):
     """rank and report latents as h·n, n the norm of their decoder row"""
     aux_coefficient: float = training_only(1 / 32)
     """weight of AuxK, the loss in which dead latents explain what the living ones miss; 0 = off"""
-    aux_k: int | None = training_only(None)
-    """dead latents that AuxK lets speak in each row; None = d_in // 2"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.k <= self.d_sae:
             raise ConfigError(f"k must lie between 1 and d_sae = {self.d_sae}, found {self.k}")
-        if self.aux_k is not None and self.aux_k < 1:
-            raise ConfigError(f"aux_k must be at least 1, found {self.aux_k}")
-        if self.aux_coefficient < 0:
-            raise ConfigError(f"aux_coefficient must be at least 0, found {self.aux_coefficient}")
 
 
 @register("topk", TopKSAEConfig)

@@ -173,8 +173,7 @@ def capture(model: nn.Module, sites: Iterable[Spelling | BoundSite], *args: Any,
     bound = {site.spelling: site for site in (s if isinstance(s, BoundSite) else resolve(model, s) for s in sites)}
     if not bound:
         raise ConfigError("expected at least one site to read, found none")
-    if getattr(getattr(getattr(model, "original_model", model), "config", None), "use_cache", False):
-        kwargs.setdefault("use_cache", False)
+    kwargs = without_cache(model) | kwargs
     values: dict[str, Tensor] = {}
 
     def reader(name: str) -> Callable[[Tensor], None]:
@@ -210,6 +209,12 @@ def site_width(model: nn.Module, spelling: Spelling | BoundSite, *args: Any, **k
     args = args or (torch.zeros(1, 1, dtype=torch.int64, device=device_of(model)),)
     (value,) = capture(model, [spelling], *args, **kwargs).values()
     return value.shape[-1]
+
+
+def without_cache(model: nn.Module) -> dict[str, Any]:
+    """The argument that spares a forward the keys and values of a generation, where the model would keep them."""
+    config = getattr(getattr(model, "original_model", model), "config", None)
+    return {"use_cache": False} if getattr(config, "use_cache", False) else {}
 
 
 def max_context(model: nn.Module) -> int | None:
@@ -251,12 +256,14 @@ def load_model(cfg: ModelConfig) -> tuple[nn.Module, Any]:
     The tokenizer is read anew: the bridge changes its own, giving it a BOS and a padding token where it has none.
 
     Raises:
-        ConfigError: no name, or a model or tokenizer that cannot be read.
+        ConfigError: no name, a device that is not there, or a model or tokenizer that cannot be read.
     """
     if cfg.name is None:
         raise ConfigError('model.name: expected a hub id, a folder or "demo", found None')
     name = _demo_folder() if cfg.name == "demo" else cfg.name
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    _check_device(device)
+    from safetensors import SafetensorError
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoConfig, AutoTokenizer
 
@@ -271,9 +278,19 @@ def load_model(cfg: ModelConfig) -> tuple[nn.Module, Any]:
             tokenizer = AutoTokenizer.from_pretrained(name, revision=cfg.revision)
         else:
             tokenizer = AutoTokenizer.from_pretrained(cfg.tokenizer)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read model {cfg.name!r} or its tokenizer: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"cannot read model {cfg.name!r} or its tokenizer: {reason}") from error
     return model.eval().requires_grad_(False), tokenizer
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: a build without CUDA
+        kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        there = ["cpu"] if kind is None else ["cpu", *(f"{kind}:{i}" for i in range(torch.accelerator.device_count()))]
+        raise ConfigError(f"model.device: expected auto or one of {', '.join(there)}, found {name!r}") from error
 
 
 @contextmanager

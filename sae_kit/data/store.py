@@ -20,7 +20,7 @@ from sae_kit.seeding import generator
 
 log = logging.getLogger(__name__)
 
-TOKENS_PER_FORWARD = 16_384
+TOKENS_PER_FORWARD = 16_384  # stopped at the deepest site, so no logits take memory
 LONGEST_ROW = 1_024  # unless asked for
 
 
@@ -36,7 +36,9 @@ class TokenRows(Protocol):
 class Harvest(Iterator[dict[str, Tensor]]):
     """The activations of one forward after another, without excluded ids and rows that are not finite.
 
-    Site -> [rows, width]; row i of every site is the same token. Excluded positions still go through the model.
+    Site -> [rows, width]; row i of every site is the same token. Excluded positions still go through the model. A
+    forward all of whose ids are excluded is counted and passed over; it is an error (DataError) only if no other came
+    in two passes over the text.
     """
 
     def __init__(
@@ -54,16 +56,23 @@ class Harvest(Iterator[dict[str, Tensor]]):
         self._excluded = torch.tensor(sorted(excluded), dtype=torch.int64)
 
     def __next__(self) -> dict[str, Tensor]:
-        ids = self._tokens.take(self._rows)
-        if not len(ids):
-            raise StopIteration
-        values = capture(self._model, self._sites, ids.to(self._device))
-        # The ids are still on the CPU, so this costs the device no wait.
-        kept = torch.isin(ids.flatten(), self._excluded, invert=True).nonzero().squeeze(1)
-        self.lm_tokens += ids.numel()
-        self.dropped_special += ids.numel() - len(kept)
-        if not len(kept):
-            raise DataError(f"all {ids.numel()} ids of a forward are excluded from training; see data.exclude")
+        while len(ids := self._tokens.take(self._rows)):
+            values = capture(self._model, self._sites, ids.to(self._device))
+            # The ids are still on the CPU, so this costs the device no wait.
+            kept = torch.isin(ids.flatten(), self._excluded, invert=True).nonzero().squeeze(1)
+            self.lm_tokens += ids.numel()
+            self.dropped_special += ids.numel() - len(kept)
+            if len(kept):
+                return self._kept(values, ids, kept)
+            if self.lm_tokens == self.dropped_special and getattr(self._tokens, "passes", 0) > 1:
+                break  # the text begins again, and again: it would never end
+        if self.lm_tokens and self.lm_tokens == self.dropped_special:
+            raise DataError(f"all {self.lm_tokens:,} ids of the text are excluded from training; see data.exclude")
+        raise StopIteration
+
+    def _kept(
+        self, values: dict[str, Tensor], ids: Int[Tensor, "rows context"], kept: Int[Tensor, " kept"]
+    ) -> dict[str, Tensor]:
         rows = {site: _rows(site, value, ids).index_select(0, kept.to(value.device)) for site, value in values.items()}
         return self._finite(rows)
 
@@ -144,7 +153,7 @@ class ActivationsStore(Iterator[dict[str, Tensor]]):
     ) -> "ActivationsStore":
         """Load what is given as config and connect it; a model object needs its `tokenizer`.
 
-        `documents`, an iterable of strings, takes the place of `data.sources`.
+        `documents`, an iterable of strings or a dataset, takes the place of `data.sources`.
         """
         if isinstance(model, ModelConfig):
             model, own = load_model(model)
@@ -205,13 +214,19 @@ class ActivationsStore(Iterator[dict[str, Tensor]]):
 
     @property
     def counters(self) -> Mapping[str, int]:
-        """Tokens fed to the model, and activations dropped by reason."""
+        """Tokens fed to the model, activations dropped by reason, and documents skipped because they were empty."""
         return {
             "lm_tokens": self._harvest.lm_tokens,
             "dropped_special": self._harvest.dropped_special,
             "dropped_nonfinite": self._harvest.dropped_nonfinite,
             "dropped_last": self._dropped_last,
+            "skipped_documents": getattr(self.tokens, "skipped_documents", 0),
         }
+
+    @property
+    def holdout(self) -> tuple[float, ...]:
+        """Share of its documents that each source keeps for evaluation; none where rows came from elsewhere."""
+        return getattr(self.tokens, "holdout", ())
 
     @property
     def exhausted(self) -> bool:

@@ -12,66 +12,25 @@ tokenised at a time.
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sae_kit.config import structure_fields
 from sae_kit.data.holdout import default_share, is_held_out
 from sae_kit.data.packing import Packer
+from sae_kit.data.sources import Source, as_documents, open_source
 from sae_kit.errors import ConfigError, DataError
 from sae_kit.seeding import generator
 
 log = logging.getLogger(__name__)
 
-COLUMNS = ("text", "content")
-"""Names that `column="auto"` looks for."""
-TEXT_FILES = (".txt", ".md", ".py")
-"""One document a file; `TABLES` hold one a line or row."""
-TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 TokenName = Literal["bos", "eos", "sep"]
 STRUCTURAL = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id")
 MOST_CHARACTERS = 1_000_000  # per call of the tokenizer: its encodings take about 100 bytes a token
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where text comes from; a bare string stands for its `path`."""
-
-    path: str
-    """hub dataset, file or folder (.txt, .md, .py, .json, .jsonl, .parquet); demo = the Python standard library"""
-    name: str | None = None
-    """subset of a hub dataset"""
-    split: str = "train"
-    """split of a hub dataset"""
-    revision: str | None = None
-    """branch, tag or commit of a hub dataset"""
-    data_files: str | None = None
-    """pattern of the files to read within `path`"""
-    column: str = "auto"
-    """column that holds the text; auto = the one named text or content"""
-    weight: float = 1.0
-    """share of the rows, relative to the other sources"""
-    epochs: int | None = None
-    """passes over the source; None = without end"""
-    streaming: bool = True
-    """read while training; otherwise download everything first, and shuffle it"""
-
-    def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ConfigError(f"weight: expected a positive number, found {self.weight}")
-        if self.epochs is not None and self.epochs < 1:
-            raise ConfigError(f"epochs: expected at least 1, or None for no end, found {self.epochs}")
-
-    @classmethod
-    def from_dict(cls, data: object, where: str = "") -> "Source":
-        """Build from plain data: a bare string is a path."""
-        return cls(path=data) if isinstance(data, str) else structure_fields(cls, data, where)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,8 +139,21 @@ class Documents:
         found = f"{self._read} documents, {self.skipped} of them empty"
         if self.skipped == self._read:
             return f"{self.name}: expected text, found {found}"
-        side = "held out" if self.held_out else "left to train on"
-        return f"{self.name}: {found}, and none is {side} at a share of {self.share}; set data.holdout"
+        if not self.held_out:
+            return (
+                f"{self.name}: {found}, and none is left to train on at a share of {self.share}; give more documents, "
+                "or hold none out: data.holdout=0 and eval.at_end=false"
+            )
+        if self._read - self.skipped == 1:
+            advice = "; one document cannot be split: give more documents, or set eval.at_end=false"
+        elif self.share:
+            advice = (
+                ": the corpus has too few documents for that; give more documents, set a larger data.holdout, "
+                "or set eval.at_end=false"
+            )
+        else:
+            advice = "; set a larger data.holdout, or eval.at_end=false"
+        return f"{self.name}: {found}, and none is held out at a share of {self.share}{advice}"
 
 
 class SourceRows(Iterator[list[int]]):
@@ -200,9 +172,11 @@ class SourceRows(Iterator[list[int]]):
                 self._ready.extend(self.packer.add(ids))
             self._any = self._any or bool(self._ready)
             if self.documents.passes and not self._any:
+                held_out = self.documents.held_out
                 raise DataError(
-                    f"{self.documents.name}: all its text fills {len(self.packer.row)} of the "
-                    f"{self.packer.context_size} places of one row; give more text, or a smaller data.context_size"
+                    f"{self.documents.name}: all its {'held-out ' if held_out else ''}text fills "
+                    f"{len(self.packer.row)} of the {self.packer.context_size} places of one row; give more text, "
+                    f"{'a larger data.holdout ' if held_out else ''}or a smaller data.context_size"
                 )
             if not texts:
                 raise StopIteration
@@ -231,6 +205,21 @@ class TokenStream(Iterator[list[int]]):
         self._weights = dict(enumerate(weights or [1.0] * len(sources)))
         self._given = dict.fromkeys(self._weights, 0)
 
+    @property
+    def holdout(self) -> tuple[float, ...]:
+        """Share of its documents that each source keeps for evaluation."""
+        return tuple(source.documents.share for source in self.sources)
+
+    @property
+    def skipped_documents(self) -> int:
+        """Documents met that were None or empty, in every pass anew."""
+        return sum(source.documents.skipped for source in self.sources)
+
+    @property
+    def passes(self) -> int:
+        """Passes that every source which has not ended is through with."""
+        return min((self.sources[i].documents.passes for i in self._weights), default=0)
+
     @classmethod
     def from_config(
         cls,
@@ -238,35 +227,35 @@ class TokenStream(Iterator[list[int]]):
         tokenizer: Any,
         *,
         context_size: int | None = None,
-        documents: Iterable[str | None] | None = None,
+        documents: Iterable[Any] | None = None,
         held_out: bool = False,
         seed: int = 0,
     ) -> "TokenStream":
         """Open the sources of `cfg`, or `documents` in their place; `context_size` stands in where `cfg` has none.
 
+        `documents` are strings, or one split of a `datasets` dataset with a column text or content.
+
         Raises:
-            ConfigError: no source, or no size of rows.
+            ConfigError: no source, no size of rows, or an id that is not in the vocabulary.
             DataError: a source that cannot be opened, is empty, or has no column of text.
         """
         size = cfg.context_size or context_size
         if size is None:
             raise ConfigError("data.context_size: expected a number of ids per row, found None")
-        if documents is None:
-            opened = [(source, open_source(source)) for source in cfg.sources]
-        elif cfg.sources or isinstance(documents, str):
-            raise ConfigError(
-                "expected either data.sources or an iterable of strings as documents, found both or one string"
-            )
-        else:
-            opened = [(Source(path="the documents"), documents)]
         marks = {
             mark: special_id(getattr(cfg, mark), tokenizer, mark) for mark in ("row_start", "separator", "doc_start")
         }
+        if documents is None:
+            opened = [(source, open_source(source)) for source in cfg.sources]
+        elif cfg.sources:
+            raise ConfigError("expected either data.sources or documents, found both")
+        else:
+            opened = [(Source(path="the documents"), as_documents(documents))]
         sources = []
         for source, items in opened:
             share = cfg.holdout
             if share is None:
-                known = len(items) if isinstance(items, Sequence) else None
+                known = len(items) if isinstance(items, Sized) else None
                 share = default_share(known, streaming=source.streaming and documents is None)
             texts = Documents(
                 items,
@@ -307,7 +296,7 @@ def held_out_rows(
     number: int,
     *,
     context_size: int | None = None,
-    documents: Iterable[str | None] | None = None,
+    documents: Iterable[Any] | None = None,
     seed: int = 0,
 ) -> Int[Tensor, "rows context"]:
     """`number` rows of the documents that training never sees; fewer, with a warning, if there is not enough text."""
@@ -331,101 +320,18 @@ def excluded_ids(exclude: str | Iterable[int], tokenizer: Any) -> tuple[int, ...
 
 
 def special_id(option: str | int | None, tokenizer: Any, name: str) -> int | None:
-    """The id that an option such as `row_start` stands for; None, with a warning, if the tokenizer has no such one."""
-    if option is None or isinstance(option, int):
+    """The id that an option such as `row_start` stands for; None, with a warning, if the tokenizer has no such one.
+
+    Raises:
+        ConfigError: an id that is not in the vocabulary.
+    """
+    if option is None:
+        return None
+    if isinstance(option, int):
+        if not 0 <= option < len(tokenizer):
+            raise ConfigError(f"data.{name}: expected an id from 0 to {len(tokenizer) - 1}, found {option}")
         return option
     found = getattr(tokenizer, f"{option}_token_id", None)
     if found is None:
         log.warning("the tokenizer has no %s token: data.%s is off", option.upper(), name)
     return found
-
-
-def open_source(source: Source) -> Iterable[Any]:
-    """The documents of a source, as a sequence where their number is known.
-
-    Raises:
-        DataError: nothing there, nothing readable, or no column of text (the columns are listed).
-    """
-    if source.path == "demo":
-        from sae_kit.demo.corpus import corpus
-
-        return (*corpus().train, *corpus().held_out)
-    path = Path(source.path).expanduser()
-    if not path.exists():
-        return _open_dataset(source, source.path, source.data_files)
-    pattern = source.data_files or "**/*"
-    files = [path] if path.is_file() else sorted(file for file in path.glob(pattern) if file.is_file())
-    kinds = {file.suffix for file in files if file.suffix in TEXT_FILES or file.suffix in TABLES}
-    if not kinds:
-        raise DataError(f"{source.path}: expected {', '.join((*TEXT_FILES, *TABLES))} files, found none")
-    builders = {TABLES.get(kind, "text") for kind in kinds}
-    if len(builders) > 1:
-        found = ", ".join(sorted(kinds))
-        raise DataError(f"{source.path}: expected one kind of files, found {found}; choose by data_files")
-    files = [file for file in files if file.suffix in kinds]
-    builder = builders.pop()
-    return _Files(files) if builder == "text" else _open_dataset(source, builder, [str(file) for file in files])
-
-
-class _Files(Sequence[str | None]):
-    """Text files, read when asked for; one that is not UTF-8 counts as empty."""
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._files = files
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, index: Any) -> Any:
-        try:
-            return self._files[index].read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            log.warning("%s is not UTF-8 text: skipped", self._files[index])
-            return None
-
-
-class _Column(Iterable[Any]):
-    def __init__(self, dataset: Any, column: str) -> None:
-        self._dataset, self._column = dataset, column
-
-    def __iter__(self) -> Iterator[Any]:
-        return (example[self._column] for example in self._dataset)
-
-
-class _SizedColumn(_Column, Sequence[Any]):
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._dataset[index][self._column]
-
-
-def _open_dataset(source: Source, path: str, files: str | list[str] | None) -> Iterable[Any]:
-    import datasets
-
-    try:
-        dataset = datasets.load_dataset(
-            path,
-            source.name,
-            split=source.split,
-            revision=source.revision,
-            data_files=files,
-            streaming=source.streaming,
-        )
-        first = next(iter(dataset), None)
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"cannot open dataset {source.path!r}, split {source.split!r}: {reason}") from error
-    if first is None:
-        raise DataError(f"{source.path}: expected text, found no documents")
-    columns = list(first)
-    names = COLUMNS if source.column == "auto" else (source.column,)
-    wanted = [column for column in columns if column in names]
-    if len(wanted) != 1:
-        asked, found = " or ".join(map(repr, names)), ", ".join(map(repr, columns))
-        raise DataError(f"{source.path}: expected one column {asked}, found columns {found}; set column")
-    column = wanted[0]
-    if not isinstance(first[column], str | None):
-        raise DataError(f"{source.path}: expected text in column {column!r}, found {type(first[column]).__name__}")
-    dataset = dataset.select_columns(wanted)
-    return _Column(dataset, column) if source.streaming else _SizedColumn(dataset, column)

@@ -15,13 +15,14 @@ from sae_kit import config as trees
 from sae_kit.data.tokens import DataConfig, Source, held_out_rows
 from sae_kit.demo import load_model, load_tokenizer
 from sae_kit.demo.show import activations, choose_latents, describe, render
-from sae_kit.errors import OutputExistsError
+from sae_kit.errors import ConfigError, OutputExistsError
 from sae_kit.training.config import RunConfig
-from sae_kit.training.run import RunResult, run, write_json
+from sae_kit.training.run import RUN_FILES, RunResult, run, write_json
 
 log = logging.getLogger(__name__)
 
 HOOK = "blocks.2.hook_resid_pre"
+METRICS = "metrics.json"
 CONTEXT = 256
 SHOWN_ROWS, SHOWN_LATENTS = 400, 10
 CONFIG = {
@@ -47,11 +48,12 @@ def demo(out: Path, *, seed: int = 0, console: Console | None = None) -> RunResu
         OutputExistsError: `out` holds something that is not a demo's run.
     """
     console = console or Console()
+    out = out.absolute()
     _make_room(out)
     tree = {**CONFIG, "out": str(out.parent), "name": out.name, "seed": seed}
     result = run(RunConfig.from_dict(tree))
     metrics = headline(result)
-    write_json(out / "metrics.json", metrics)
+    write_json(out / METRICS, metrics)
     console.print(_table_of_metrics(metrics, result))
     model, tokenizer = load_model(), load_tokenizer()
     data = DataConfig(sources=(Source(path="demo"),), context_size=CONTEXT)
@@ -79,25 +81,32 @@ def headline(result: RunResult) -> dict[str, float | int | None]:
 
 
 def _make_room(out: Path) -> None:
-    """Remove a former demo's run, recognised by its config; refuse anything else."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not _is_demo(out):
-        raise OutputExistsError(
-            f"{out} exists and is not the run of a demo; nothing was changed. Choose another --out, or remove it"
-        )
-    log.info("replacing the former demo in %s", out)
-    shutil.rmtree(out)
+    """Remove a former demo's run; refuse a folder of anything else."""
+    try:
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+            return
+        if not _is_demo(out):
+            raise OutputExistsError(
+                f"{out} exists and is not the run of a demo; nothing was changed. Choose another --out, or remove it"
+            )
+        log.info("replacing the former demo in %s", out)
+        shutil.rmtree(out)
+    except PermissionError as error:
+        raise ConfigError(f"cannot write to {out}: {error.strerror}") from error
 
 
 def _is_demo(folder: Path) -> bool:
+    """Whether a demo made this folder, of whatever version and however far it came, and nobody has put files there."""
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} - RUN_FILES - {METRICS}:
+        return False
+    if (folder / "results.json").exists() and not (folder / METRICS).exists():
+        return False  # a finished run of somebody's own
     try:
         tree = trees.load_tree(folder / "run.yaml")
-        return RunConfig.from_dict(tree) == RunConfig.from_dict(
-            {**CONFIG, "out": tree.get("out"), "name": tree.get("name"), "seed": tree.get("seed")}
-        )
-    except (ValueError, OSError):
+    except ConfigError:
         return False
+    entries = tree.get("saes", {})
+    return tree.get("model", {}).get("name") == "demo" and [e.get("hook") for e in entries.values()] == [HOOK]
 
 
 def _table_of_metrics(metrics: dict[str, float | int | None], result: RunResult) -> Table:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
@@ -36,39 +36,43 @@ class Latent:
 
     index: int
     density: float
-    """share of tokens on which it is on"""
+    """share of the counted tokens on which it is on"""
     maximum: float
     contexts: list[Context]
 
 
 class Activations(NamedTuple):
-    """Codes of every token of some rows."""
+    """Codes of every token of some rows, row after row; those of tokens that do not count are off."""
 
     rows: Int[Tensor, "rows context"]
+    counted: Bool[Tensor, "rows context"]
     codes: SparseCodes
 
 
 @torch.no_grad()
 def activations(sae: SAE, model: nn.Module, rows: Int[Tensor, "rows context"]) -> Activations:
-    """Sparse codes of all tokens but the first of each row, which only begins it."""
+    """Sparse codes of all tokens; ids that were excluded from training, such as BOS, do not count."""
     hook = sae.cfg.metadata.hook_name
     assert hook is not None
-    parts = [sae.encode_sparse(capture(model, [hook], part)[hook][:, 1:]) for part in rows.split(ROWS_PER_FORWARD)]
-    values = torch.cat([part.values for part in parts])
-    indices = torch.cat([part.indices for part in parts])
-    return Activations(rows, SparseCodes(values, indices, sae.d_sae, (len(rows), rows.shape[1] - 1)))
+    excluded = sae.cfg.metadata.exclude_special_tokens
+    ids = torch.tensor(excluded if isinstance(excluded, list) else [], dtype=rows.dtype)
+    counted = torch.isin(rows, ids, invert=True)
+    parts = [sae.encode_sparse(capture(model, [hook], part)[hook]) for part in rows.split(ROWS_PER_FORWARD)]
+    values = torch.cat([part.values for part in parts]).cpu()
+    indices = torch.cat([part.indices for part in parts]).cpu()
+    values = values.where(counted.reshape(-1, 1), 0)
+    return Activations(rows, counted, SparseCodes(values, indices, sae.d_sae, tuple(rows.shape)))
 
 
 def choose_latents(found: Activations, number: int) -> list[int]:
     """Latents to show: of middling frequency, the strongest first, no two with their maximum on the same token."""
     codes = found.codes
-    tokens = codes.n_rows
-    density = codes.firing_counts() / tokens
+    density = codes.firing_counts() / found.counted.sum()
     strongest = torch.zeros(codes.d_sae).scatter_reduce(0, codes.indices.flatten(), codes.values.flatten(), "amax")
     fits = (density >= RAREST) & (density <= MOST_FREQUENT)
     chosen: list[int] = []
     taken: set[int] = set()
-    for index in torch.where(fits, strongest, -1.0).argsort(descending=True).tolist():
+    for index in torch.where(fits, strongest, -1.0).argsort(descending=True, stable=True).tolist():
         if len(chosen) == number or not fits[index]:
             break
         peak, _ = next(_peaks(found, index))
@@ -94,24 +98,23 @@ def describe(found: Activations, index: int) -> Latent:
             contexts.append(context)
         if len(contexts) == CONTEXTS:
             break
-    on = int(found.codes.firing_counts()[index])
-    return Latent(index, on / found.codes.n_rows, maximum, contexts)
+    density = found.codes.firing_counts()[index] / found.counted.sum()
+    return Latent(index, density.item(), maximum, contexts)
 
 
 def _peaks(found: Activations, index: int) -> Iterator[tuple[tuple[int, int], float]]:
     """Where a latent is on, strongest first: (row, position), value."""
-    place, entry = (found.codes.indices == index).nonzero(as_tuple=True)
-    values = found.codes.values[place, entry]
-    width = found.rows.shape[1] - 1
-    for at in values.argsort(descending=True).tolist():
-        row, position = divmod(int(place[at]), width)
-        yield (row, position + 1), values[at].item()
+    codes = found.codes
+    place, entry = ((codes.indices == index) & (codes.values > 0)).nonzero(as_tuple=True)
+    values = codes.values[place, entry]
+    for at in values.argsort(descending=True, stable=True).tolist():
+        yield divmod(int(place[at]), found.rows.shape[1]), values[at].item()
 
 
 def _context(found: Activations, index: int, row: int, position: int) -> Context:
-    start, stop = max(position - BEFORE, 1), min(position + AFTER + 1, found.rows.shape[1])
-    width = found.rows.shape[1] - 1
-    places = slice(row * width + start - 1, row * width + stop - 1)
+    width = found.rows.shape[1]
+    start, stop = max(position - BEFORE, 0), min(position + AFTER + 1, width)
+    places = slice(row * width + start, row * width + stop)
     on = (found.codes.indices[places] == index) * found.codes.values[places]
     return Context(found.rows[row, start:stop], on.sum(dim=1))
 

@@ -13,15 +13,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sae_kit.data.capture import BoundSite, capture, device_of
+from sae_kit.data.capture import BoundSite, capture, device_of, max_context, without_cache
 from sae_kit.errors import ConfigError, DataError, did_you_mean
 from sae_kit.evals.family import FAMILIES, EvalStep, Family, Metrics
 from sae_kit.evals.fidelity import FidelityStep, Positions
 from sae_kit.evals.moments import Moments
 from sae_kit.sae import SAE
-from sae_kit.splicing import observed, replaced, site_of, spliced_sites
+from sae_kit.splicing import observed, replaced, require_sae, site_of, spliced_sites
 
-TOKENS_PER_FORWARD = 4_096
+TOKENS_WITH_LOGITS = 4_096  # a quarter of the store's: these forwards end in logits, [tokens, vocabulary]
 TOKENS_PER_STEP = 4_096  # encoded at once: what an encoder makes on the way is [tokens, d_sae]
 
 
@@ -83,7 +83,8 @@ def evaluate(
     they were.
 
     Raises:
-        ConfigError: an unknown metric or ablation, an SAE without a site, or a model with SAEs attached.
+        ConfigError: an unknown metric or ablation, an SAE without a site or something that is no SAE, rows longer than
+            the model can read, or a model with SAEs attached.
         HookNotFoundError: a site is not in the model.
         DataError: no position is eligible.
     """
@@ -96,11 +97,13 @@ def evaluate(
         raise ConfigError(f"ablation: expected 'zero' or 'mean', found {ablation!r}")
     if fidelity_tokens < 1 or (rows_per_forward is not None and rows_per_forward < 1):
         raise ConfigError("fidelity_tokens and rows_per_forward must be at least 1")
+    limit = max_context(model)
+    if limit is not None and rows.shape[1] > limit:
+        raise ConfigError(f"rows: expected at most {limit} ids, the model's maximum, found {rows.shape[1]}")
     if attached := spliced_sites(model):
         raise ConfigError(f"SAEs are attached to the model at {', '.join(attached)}; detach them before evaluating")
-    subjects = {
-        name: _subject(sae, model, metrics) for name, sae in ({"sae": saes} if isinstance(saes, SAE) else saes).items()
-    }
+    named = saes if isinstance(saes, Mapping) else {"sae": saes}
+    subjects = {name: _subject(require_sae(sae), model, metrics) for name, sae in named.items()}
     run = _Pass(model, list(subjects.values()), excluded_ids, ablation, rows_per_forward)
     with _evaluating(model):
         tokens = run.over(rows, fidelity_tokens if "fidelity" in metrics else 0)
@@ -127,9 +130,7 @@ class _Pass:
         self._means = {s.place: Moments(s.sae.d_in, s.sae.device) for s in subjects} if ablation == "mean" else {}
         self._rows_per_forward = rows_per_forward
         self._device = device_of(model)
-        inner = getattr(model, "original_model", model)
-        caches = getattr(getattr(inner, "config", None), "use_cache", False)
-        self._kwargs: dict[str, Any] = {"use_cache": False} if caches else {}
+        self._kwargs = without_cache(model)
 
     def over(self, rows: Int[Tensor, "rows context"], fidelity_tokens: int) -> dict[str, int]:
         """Feed every family; `fidelity_tokens=0` leaves out what needs logits."""
@@ -164,7 +165,7 @@ class _Pass:
 
     def _batches(self, rows: Int[Tensor, "rows context"], looked_at: int) -> Iterator[tuple[Tensor, bool]]:
         """Rows of one forward, and whether fidelity is measured on them: its rows do not depend on the batch size."""
-        size = self._rows_per_forward or max(1, TOKENS_PER_FORWARD // max(rows.shape[1], 1))
+        size = self._rows_per_forward or max(1, TOKENS_WITH_LOGITS // max(rows.shape[1], 1))
         for part, with_logits in ((rows[:looked_at], True), (rows[looked_at:], False)):
             if len(part):
                 yield from ((batch, with_logits) for batch in part.split(size))

@@ -56,7 +56,11 @@ class SparseCodes:
 
     def scale(self, factor: Float[Tensor, " d_sae"]) -> "SparseCodes":
         """Every value times the factor of its latent."""
-        return SparseCodes(self.values * factor[self.indices], self.indices, self.d_sae, self.leading, self.row_offsets)
+        return self._with(self.values * factor[self.indices].to(self.values.dtype))
+
+    def detach(self) -> "SparseCodes":
+        """The same codes outside the graph."""
+        return self._with(self.values.detach())
 
     def firing_counts(self) -> Int[Tensor, " d_sae"]:
         """In how many rows each latent is non-zero."""
@@ -76,6 +80,9 @@ class SparseCodes:
     @property
     def n_rows(self) -> int:
         return len(self.values) if self.row_offsets is None else len(self.row_offsets) - 1
+
+    def _with(self, values: Float[Tensor, "*entries"]) -> "SparseCodes":
+        return SparseCodes(values, self.indices, self.d_sae, self.leading, self.row_offsets)
 
     def _row_of_entry(self) -> Int[Tensor, " entries"]:
         assert self.row_offsets is not None
@@ -108,3 +115,8 @@ def firing_counts(codes: Codes) -> Int[Tensor, " d_sae"]:
 def l0(codes: Codes) -> Int[Tensor, " rows"]:
     """Number of non-zero latents of each row."""
     return codes.l0() if isinstance(codes, SparseCodes) else (codes != 0).reshape(-1, codes.shape[-1]).sum(dim=1)
+
+
+def widen(tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """float32 where the tensor is narrower: losses and norms are never summed in half precision."""
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from sae_kit.training.trainer import SAETrainer
 
 log = logging.getLogger(__name__)
-Metrics = Mapping[str, float | int]
+Metrics = Mapping[str, float | int | None]
 
 
 class Callback:
@@ -102,9 +103,7 @@ class JSONL(Callback):
         self._write(trainer, metrics)
 
     def _write(self, trainer: SAETrainer, metrics: Metrics) -> None:
-        finite = {
-            name: value if value == value and abs(value) != float("inf") else None for name, value in metrics.items()
-        }
+        finite = {name: v if v is not None and math.isfinite(v) else None for name, v in metrics.items()}
         row = {"step": trainer.steps, "tokens": trainer.tokens, "time": round(time.time() - self._start, 3), **finite}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")

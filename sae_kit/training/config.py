@@ -143,10 +143,11 @@ class RunConfig:
     """metrics"""
 
     def __post_init__(self) -> None:
-        for name in self.saes:
-            if not name or not all(c.isalnum() or c in "._-" for c in name) or name.startswith("."):
+        for where, name in [("name", self.name), *(("saes", name) for name in self.saes)]:
+            plain = name is None or (name and all(c.isalnum() or c in "._-" for c in name) and name[0] != ".")
+            if not plain:
                 raise ConfigError(
-                    f"saes: {name!r} cannot be the name of a folder; use letters, digits, '.', '_' and '-'"
+                    f"{where}: {name!r} cannot be the name of a folder; use letters, digits, '.', '_' and '-'"
                 )
         self.schedule.build(self.train.tokens)
 
@@ -165,24 +166,25 @@ class RunConfig:
 
 
 SHORT_NAMES: Mapping[str, tuple[str, ...]] = {
+    "model": ("model", "name"),
     "dataset": ("data", "sources"),
     "hook": ("saes", "sae", "hook"),
     "sae": ("saes", "sae", "sae"),
     "tokens": ("train", "tokens"),
 }
+"""Short names of a run of one SAE, and the paths that they stand for."""
 
 
 def expand_short_names(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree without short names; a bare string under `model` is its name."""
-    tree: dict[str, Any] = {key: value for key, value in data.items() if key not in SHORT_NAMES}
-    if isinstance(tree.get("model"), str):
-        tree["model"] = {"name": tree["model"]}
-    for short, path in SHORT_NAMES.items():
-        if short in data:
-            value = data[short]
-            if short == "dataset" and not isinstance(value, list | tuple):
-                value = [value]
-            set_path(tree, path, value, short)
+    """A tree in which every short name has become its path; a mapping under `model` is that section already."""
+    short = {
+        key: data[key] for key in SHORT_NAMES if key in data and not (key == "model" and isinstance(data[key], Mapping))
+    }
+    tree: dict[str, Any] = {"train": {}} | {key: value for key, value in data.items() if key not in short}
+    for name, value in short.items():
+        if name == "dataset" and not isinstance(value, list | tuple):
+            value = [value]
+        set_path(tree, SHORT_NAMES[name], value, name)
     return tree
 
 

@@ -1,8 +1,11 @@
 """What a run logs: sums kept on the device over a window of tokens, divided once, when they are asked for.
 
-Nothing here waits for the device but `compute`. All values are of raw activations and of whole windows, so they do not
-depend on the batch size.
+Nothing here waits for the device but `take`. Losses are in training space, explained variance is of raw activations;
+both cover all rows since the last `take`, whatever the batch size. Dead latents are those of the moment, and firing
+frequencies are of a window of their own.
 """
+
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
@@ -11,7 +14,8 @@ from torch import Tensor
 from sae_kit import ops
 from sae_kit.evals.moments import Moments
 from sae_kit.sae import SAE
-from sae_kit.training.losses import DeadLatents, Losses
+from sae_kit.training.dead import DeadLatents
+from sae_kit.training.losses import Pass
 
 
 class TrainingMetrics:
@@ -20,7 +24,7 @@ class TrainingMetrics:
     def __init__(self, sae: SAE, dead: DeadLatents, density_window: int) -> None:
         self._sae, self._dead = sae, dead
         self._density_window = density_window
-        self._window_start = (int(sae.tokens_seen), sae.firing_count.clone())
+        self._window_rows, self._window_counts = 0, sae.firing_count.clone()
         self._density = torch.zeros(sae.d_sae, dtype=torch.float64, device=sae.device)
         self._has_window = False
         self._reset()
@@ -37,37 +41,44 @@ class TrainingMetrics:
 
     @torch.no_grad()
     def update(
-        self, losses: Losses, target: Float[Tensor, "batch d_out"], grad_norm: Float[Tensor, ""], clip: float | None
+        self,
+        run: Pass,
+        terms: Mapping[str, Float[Tensor, ""]],
+        target: Float[Tensor, "batch d_out"],
+        grad_norm: Float[Tensor, ""],
+        clip: float | None,
     ) -> None:
-        """Add one step; `target` holds the raw rows that were reconstructed."""
-        for name, term in losses.terms.items():
-            term = term.detach().double() * len(target)
-            self._terms[name] = self._terms[name] + term if name in self._terms else term
-        self._rows += len(target)
+        """Add one step; `target` holds the raw rows that were to be reproduced."""
+        rows = len(target)
+        for name, term in terms.items():
+            added = term.detach().double() * rows
+            self._terms[name] = self._terms[name] + added if name in self._terms else added
+        self._rows += rows
         self._steps += 1
         self._target.update(target)
-        self._squared_error += (losses.reconstruction - target).square().sum(dtype=torch.float64)
-        self._active += ops.l0(losses.codes).sum()
+        error = self._sae.norm_in.inverse(run.y_hat) - target
+        self._squared_error += error.square().sum(dtype=torch.float64)
+        self._active += ops.l0(run.encoding.codes).sum()
         self._norm += grad_norm
         if clip is not None:
             self._clipped += grad_norm > clip
-
-    def end_density_window(self, tokens_seen: int) -> None:
-        """Close the window of firing frequencies if it is full; called after every step."""
-        start, counts = self._window_start
-        if tokens_seen - start >= self._density_window:
-            self._density = (self._sae.firing_count - counts).double() / (tokens_seen - start)
-            self._window_start = (tokens_seen, self._sae.firing_count.clone())
+        self._window_rows += rows
+        if self._window_rows >= self._density_window:
+            self._density = self._density_since_window_start()
+            self._window_rows, self._window_counts = 0, self._sae.firing_count.clone()
             self._has_window = True
 
-    def compute(self) -> dict[str, float | int]:
-        """Values by name; starts a new window."""
+    def _density_since_window_start(self) -> Float[Tensor, " d_sae"]:
+        return (self._sae.firing_count - self._window_counts).double() / max(self._window_rows, 1)
+
+    def take(self) -> dict[str, float | int]:
+        """Values by name, of all steps since the last call."""
         sae, rows = self._sae, max(self._rows, 1)
         total = self._target.m2.item()
         fvu = self._squared_error.item() / total if total > 0 else float("nan")
         terms = {f"losses/{name}": value.item() / rows for name, value in self._terms.items()}
         dead = self._dead.mask().sum().item()
-        density = self._density if self._has_window else sae.firing_count.double() / sae.tokens_seen.clamp(min=1)
+        density = self._density if self._has_window else self._density_since_window_start()
         since = sae.tokens_since_fired
         metrics: dict[str, float | int] = {
             "losses/overall_loss": sum(terms.values()),

@@ -32,8 +32,12 @@ class OptimConfig:
     """largest L2 norm of all gradients of an SAE together, thresholds left out; None = off"""
 
     def __post_init__(self) -> None:
-        if self.lr != "auto" and self.lr < 0:
+        if self.lr != "auto" and not self.lr >= 0:
             raise ConfigError(f"lr must be at least 0 or 'auto', found {self.lr}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas must lie in [0, 1), found {self.betas}")
+        if not (self.eps >= 0 and self.weight_decay >= 0):
+            raise ConfigError(f"eps and weight_decay must be at least 0, found {self.eps} and {self.weight_decay}")
         if self.weight_decay and self.name != "adamw":
             raise ConfigError(f"weight_decay has no effect with {self.name!r}: choose name='adamw'")
         if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
@@ -48,9 +52,9 @@ class OptimConfig:
         threshold_factor = getattr(sae.cfg, "threshold_lr_factor", 1.0)
         kinds: dict[str, list[Tensor]] = {"matrices": [], "biases": [], "thresholds": []}
         for name, parameter in sae.named_parameters():
-            kinds["thresholds" if name == "threshold" else "matrices" if parameter.ndim > 1 else "biases"].append(
-                parameter
-            )
+            kinds[
+                "thresholds" if name in sae.threshold_names else "matrices" if parameter.ndim > 1 else "biases"
+            ].append(parameter)
         groups: list[dict[str, Any]] = [
             {"params": kinds["matrices"], "lr": lr, "weight_decay": self.weight_decay},
             {"params": kinds["biases"], "lr": lr, "weight_decay": 0.0},
@@ -74,7 +78,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
 
 def clipped_parameters(sae: SAE) -> list[Tensor]:
     """What the gradient norm is taken over: all parameters but thresholds, whose slope 1/bandwidth would dominate."""
-    return [parameter for name, parameter in sae.named_parameters() if name != "threshold"]
+    return [parameter for name, parameter in sae.named_parameters() if name not in sae.threshold_names]
 
 
 @torch.no_grad()
@@ -93,13 +97,3 @@ def project_decoder_gradient(sae: SAE) -> None:
     if sae.cfg.decoder_norm_constraint == "unit" and sae.W_dec.grad is not None:
         rows = sae.W_dec / sae.decoder_norms().to(sae.dtype)[:, None]
         sae.W_dec.grad -= (sae.W_dec.grad * rows).sum(dim=1, keepdim=True) * rows
-
-
-@torch.no_grad()
-def restore_constraints(sae: SAE) -> None:
-    """After a step: unit decoder rows where they are asked for, thresholds at or above 0."""
-    if sae.cfg.decoder_norm_constraint == "unit":
-        sae.W_dec /= sae.decoder_norms().to(sae.dtype)[:, None]
-    threshold = getattr(sae, "threshold", None)
-    if threshold is not None:
-        threshold.clamp_(min=0)

@@ -22,17 +22,19 @@ from torch import Tensor, nn
 from sae_kit import config as trees
 from sae_kit.data.capture import load_model, resolve, site_width
 from sae_kit.data.store import ActivationsStore, default_context
-from sae_kit.data.tokens import excluded_ids, held_out_rows
+from sae_kit.data.tokens import excluded_ids, held_out_rows, special_id
 from sae_kit.errors import ConfigError, OutputExistsError, ShapeError
 from sae_kit.evals import Metrics, evaluate
-from sae_kit.metadata import SAEMetadata
 from sae_kit.sae import SAE, SAEConfig
 from sae_kit.seeding import derive_seed
 from sae_kit.training.callbacks import JSONL, Callback, Console, Wandb
 from sae_kit.training.config import RunConfig, SAEEntry
-from sae_kit.training.trainer import SAETrainer, TrainingResult
+from sae_kit.training.trainer import SAETrainer, TrainingResult, pick_device
 
 log = logging.getLogger(__name__)
+
+RUN_FILES = frozenset({"run.yaml", "metrics.jsonl", "results.json", "saes", "wandb"})
+"""What a run leaves in its folder."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ def run(
     """Everything from config to saved SAEs. Objects that are passed take the place of what `cfg` names."""
     if not cfg.saes:
         raise ConfigError("saes: there is no SAE to train; give at least one entry")
+    pick_device(cfg.train.device)
     folder = make_folder(Path(cfg.out) / (cfg.name or default_name(cfg)))
-    (folder / "run.yaml").write_text(trees.dump_yaml(cfg), encoding="utf-8")
     if model is None:
         model, own = load_model(cfg.model)
         tokenizer = tokenizer or own
@@ -115,18 +117,18 @@ def run(
         sinks.append(JSONL(folder / "metrics.jsonl"))
     if cfg.log.wandb is not None:
         sinks.append(Wandb(cfg.log.wandb, folder, folder.name))
-    trainer = SAETrainer(cfg, saes, store, callbacks=[*sinks, *callbacks])
-    try:
-        training = trainer.fit()
-    finally:
-        store.close()
-    final = {name: sae.to_inference() for name, sae in training.saes.items()}
-    for name, sae in final.items():
-        sae.cfg.metadata.num_dead_features = int(trainer.parts[name].dead.mask().sum())
-        sae.save_model(folder / "saes" / name)  # before the evaluation, which may fail
+    final: dict[str, SAE] = {}
     evals: dict[str, Metrics] = {}
-    if held_out is not None:
-        evals = evaluate(
+
+    def finish() -> dict[str, float | None]:
+        """Save what was trained, before the evaluation, which may fail; then evaluate and add what it found."""
+        for name, sae in trainer.saes.items():
+            final[name] = sae.to_inference()
+            final[name].cfg.metadata.num_dead_features = int(trainer.in_training[name].dead.mask().sum())
+            final[name].save_model(folder / "saes" / name)
+        if held_out is None:
+            return {}
+        found = evaluate(
             final,
             model,
             held_out,
@@ -134,22 +136,42 @@ def run(
             fidelity_tokens=cfg.eval.fidelity_tokens,
             ablation=cfg.eval.ablation,
             rows_per_forward=cfg.data.rows_per_forward,
-        ).metrics
+        )
+        evals.update(found.metrics)
         for name, sae in final.items():
             sae.cfg.metadata.l0 = evals[name]["sparsity"]["l0"]
             sae.save_model(folder / "saes" / name)
+        return _flat(evals)
+
+    trainer = SAETrainer(cfg, saes, store, callbacks=[*sinks, *callbacks], evaluate=finish)
+    (folder / "run.yaml").write_text(trees.dump_yaml(cfg), encoding="utf-8")  # nothing stands in the way any more
+    try:
+        training = trainer.fit()
+    finally:
+        store.close()
     results = {
         name: {
             "config": trees.unstructure(cfg.saes[name]),
             "tokens": training.tokens,
             "tokens_per_second": training.tokens_per_second,
-            "dead_fraction": trainer.parts[name].dead_fraction(),
+            "dead_fraction": trainer.in_training[name].dead_fraction(),
+            "data": dict(store.counters),
             "evals": evals.get(name),
         }
         for name in final
     }
     write_json(folder / "results.json", results)
     return RunResult(folder, final, evals, training)
+
+
+def _flat(evals: Mapping[str, Metrics]) -> dict[str, float | None]:
+    """One row for the logs: `evals/{group}/{key}`, with several SAEs prefixed by their names."""
+    return {
+        f"evals/{group}/{key}" if len(evals) == 1 else f"{name}/evals/{group}/{key}": value
+        for name, groups in evals.items()
+        for group, metrics in groups.items()
+        for key, value in metrics.items()
+    }
 
 
 def build_saes(cfg: RunConfig, model: nn.Module, tokenizer: Any) -> dict[str, SAE]:
@@ -173,22 +195,20 @@ def _complete(cfg: RunConfig, entry: SAEEntry, width: int, model: nn.Module, tok
         raise ShapeError(
             f"sae.d_in is {entry.sae.d_in}, but {entry.hook!r} is {width} wide: leave d_in out or set it to {width}"
         )
-    source = cfg.data.sources[0] if cfg.data.sources else None
-    known = SAEMetadata(
-        model_name=cfg.model.name,
-        hook_name=entry.hook,
-        model_class_name=type(model).__name__,
-        prepend_bos=cfg.data.row_start == "bos",
-        exclude_special_tokens=list(excluded_ids(cfg.data.exclude, tokenizer)),
-        context_size=cfg.data.context_size or default_context(model),
-        dataset_path=source.path if source else None,
-    )
-    given = {key: value for key, value in trees.shallow(entry.sae.metadata).items() if value}
+    facts: dict[str, Any] = {
+        "model_name": cfg.model.name,
+        "hook_name": entry.hook,
+        "model_class_name": type(model).__name__,
+        "prepend_bos": cfg.data.row_start == "bos" and special_id("bos", tokenizer, "row_start") is not None,
+        "exclude_special_tokens": list(excluded_ids(cfg.data.exclude, tokenizer)),
+        "context_size": cfg.data.context_size or default_context(model),
+        "dataset_path": ", ".join(source.path for source in cfg.data.sources) or None,
+    }
     return dataclasses.replace(
         entry.sae,
         d_in=width,
         normalize_activations=entry.sae.normalize_activations or "expected_average_only_in",
-        metadata=dataclasses.replace(known, **given),
+        metadata=dataclasses.replace(entry.sae.metadata, **{k: v for k, v in facts.items() if v is not None}),
     )
 
 
@@ -216,17 +236,19 @@ def make_folder(folder: Path) -> Path:
     Raises:
         OutputExistsError: it holds something already. ConfigError: it cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    try:
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        if not taken:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / ".probe"
+            probe.touch()
+            probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"cannot write to the run folder {folder}: {error.strerror}") from error
+    if taken:
         raise OutputExistsError(
             f"{folder} exists and is not empty; nothing was changed. Choose another name or out, or remove it"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"cannot write to the run folder {folder}: {error.strerror}") from error
     return folder
 
 

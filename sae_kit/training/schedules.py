@@ -26,6 +26,10 @@ class ScheduleConfig:
     """factor at the end of the decay"""
 
     def __post_init__(self) -> None:
+        for name in ("end_ratio", "decay_end_ratio"):
+            ratio = getattr(self, name)
+            if ratio is not None and not 0 <= ratio <= 1:
+                raise ConfigError(f"{name} must lie between 0 and 1, found {ratio}")
         if self.end_ratio is not None and self.name in ("wsd", "constant"):
             raise ConfigError(
                 f"end_ratio has no meaning in the {self.name} schedule: leave it out or choose cosine or linear"
@@ -44,6 +48,8 @@ class ScheduleConfig:
             raise ConfigError(
                 f"schedule: warm-up ({warm_up:,} tokens) and decay ({decay:,}) do not fit into train.tokens = {total:,}"
             )
+        if self.decay_end_ratio and not decay:
+            raise ConfigError("decay_end_ratio has no meaning without a decay: set decay_tokens or leave it out")
         end = self.end_ratio if self.end_ratio is not None else 0.1
         return LearningRate(self.name, total, warm_up, decay, end, self.decay_end_ratio)
 
@@ -62,12 +68,14 @@ class LearningRate:
     def factor(self, tokens: int, batch: int) -> float:
         """Factor of the step that trains on the `batch` rows after the first `tokens`."""
         main = self.total - self.warm_up - self.decay
-        u = min(max((tokens - self.warm_up) / main, 0.0), 1.0) if main else 1.0
-        factor = linear_warm_up(tokens + batch, self.warm_up) * self._main(u)
+        u = min(max((tokens - self.warm_up) / main, 0.0), 1.0) if main else 0.0
         left = self.total - tokens
         if left < self.decay:
-            factor *= self.decay_end_ratio + (1 - self.decay_end_ratio) * left / self.decay
-        return factor
+            last = self._main(1.0 if main else 0.0)  # without a main part the decay starts from the full rate
+            factor = self.decay_end_ratio + (last - self.decay_end_ratio) * left / self.decay
+        else:
+            factor = self._main(u)
+        return linear_warm_up(tokens + batch, self.warm_up) * factor
 
     def _main(self, u: float) -> float:
         if self.name == "cosine":

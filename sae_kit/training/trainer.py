@@ -1,14 +1,15 @@
 """The training loop: one pass over batches, any number of SAEs.
 
 A step, for each SAE: rates and coefficients from the tokens seen → losses → backward → decoder projection → clip →
-Adam → constraints → metrics. Nothing in a step waits for the device unless metrics are logged.
+Adam → constraints → metrics. It waits for the device only where metrics are logged, and where AuxK renews its list of
+dead latents.
 """
 
 import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,13 +21,13 @@ from sae_kit.errors import ConfigError, DataError, NonFiniteError, ShapeError
 from sae_kit.sae import SAE
 from sae_kit.training.callbacks import Callback, Callbacks, Console
 from sae_kit.training.config import RunConfig
-from sae_kit.training.losses import DeadLatents, training_losses
+from sae_kit.training.dead import DeadLatents
+from sae_kit.training.losses import training_losses, training_pass
 from sae_kit.training.metrics import TrainingMetrics
 from sae_kit.training.optim import (
     clip_gradients,
     clipped_parameters,
     project_decoder_gradient,
-    restore_constraints,
     set_learning_rate,
 )
 from sae_kit.training.schedules import linear_warm_up
@@ -52,8 +53,10 @@ class TrainingResult:
 class SAETrainer:
     """Trains one SAE, or a mapping of them, on an iterator of activations.
 
-    `batches` yields tensors [batch, d_in], mappings from site to such tensors (each SAE takes the site in its
-    `cfg.metadata.hook_name`), or `Batch(x, y)`. Of `cfg` the sections model, data and buffer are left alone here.
+    `batches` yields tensors [batch, d_in], mappings from site to such tensors (each SAE takes the site of its entry's
+    `hook`, or the one in its `cfg.metadata.hook_name`), or `Batch(x, y)`. `evaluate` is called after the last step, and
+    what it returns is handed to the callbacks. Of `cfg` only saes, optim, schedule, train, log and
+    buffer.norm_estimate_tokens are read here.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class SAETrainer:
         batches: Iterable[Item],
         *,
         callbacks: Sequence[Callback] | None = None,
+        evaluate: Callable[[], Mapping[str, float | None]] | None = None,
     ) -> None:
         self.cfg = cfg
         self.saes: dict[str, SAE] = {"sae": saes} if isinstance(saes, SAE) else dict(saes)
@@ -77,8 +81,12 @@ class SAETrainer:
         self._batches = batches
         self._schedule = cfg.schedule.build(cfg.train.tokens)
         device = pick_device(cfg.train.device)
-        self._sites = {name: sae.cfg.metadata.hook_name for name, sae in self.saes.items()}
-        self.parts = {name: Part(cfg, name, sae.to(device)) for name, sae in self.saes.items()}
+        self._evaluate = evaluate
+        self._sites = {
+            name: cfg.saes[name].hook if name in cfg.saes else sae.cfg.metadata.hook_name
+            for name, sae in self.saes.items()
+        }
+        self.in_training = {name: SAEInTraining(cfg, name, sae.to(device)) for name, sae in self.saes.items()}
 
     def fit(self) -> TrainingResult:
         """Train until `train.tokens` or the end of the batches, whichever comes first.
@@ -112,6 +120,8 @@ class SAETrainer:
             self.seconds = time.perf_counter() - started
             if self.steps == 0:
                 raise DataError("the stream of activations is empty: expected at least one batch, found none")
+            if self._evaluate is not None:
+                self.callbacks.call("on_eval", self, self._evaluate())
             self.callbacks.call("on_end", self)
         finally:
             self.callbacks.close()
@@ -120,7 +130,7 @@ class SAETrainer:
     def step(self, item: Item) -> int:
         """One optimizer step of every SAE on one batch; returns its number of rows."""
         rows = 0
-        for name, part in self.parts.items():
+        for name, part in self.in_training.items():
             batch = self._batch(item, name, part.sae)
             rows = len(batch.x)
             part.step(batch, self.tokens, self._schedule.factor(self.tokens, rows))
@@ -137,11 +147,15 @@ class SAETrainer:
         x, y = (item.x, item.y) if isinstance(item, Batch) else (item, item)
         if x.ndim != 2 or x.shape[1] != sae.d_in:
             raise ShapeError(f"SAE {name!r} expects rows of shape [batch, {sae.d_in}], found {list(x.shape)}")
+        if y.shape != x.shape:
+            raise ShapeError(
+                f"SAE {name!r} reproduces rows of shape {list(x.shape)}, found a target of {list(y.shape)}"
+            )
         return Batch(x.to(sae.device, non_blocking=True), y.to(sae.device, non_blocking=True))
 
     def _with_statistics(self) -> Iterator[Item]:
         """All batches, the first of which have already served each SAE to estimate its normalisation."""
-        waiting = {name: part.sae for name, part in self.parts.items() if part.sae.norm_in.needs_estimate}
+        waiting = {name: part.sae for name, part in self.in_training.items() if part.sae.norm_in.needs_estimate}
         stream = iter(self._batches)
         if waiting:
             peek = getattr(self._batches, "peek", None)
@@ -159,20 +173,20 @@ class SAETrainer:
     def _metrics(self) -> dict[str, float | int]:
         """One row; with several SAEs each name is prefixed by the SAE's."""
         row: dict[str, float | int] = {"details/n_training_samples": self.tokens}
-        for name, part in self.parts.items():
-            metrics = part.metrics.compute() | part.details
+        for name, part in self.in_training.items():
+            metrics = part.metrics.take() | part.details
             if not metrics["losses/overall_loss"] < float("inf"):
                 raise NonFiniteError(
                     f"SAE {name!r} diverged: its loss became {metrics['losses/overall_loss']} within the "
                     f"{self.steps:,} steps ({self.tokens:,} tokens) so far. A lower optim.lr or a longer warm-up "
                     "usually helps"
                 )
-            row |= {key if len(self.parts) == 1 else f"{name}/{key}": value for key, value in metrics.items()}
+            row |= {key if len(self.in_training) == 1 else f"{name}/{key}": value for key, value in metrics.items()}
         return row
 
 
-class Part:
-    """One SAE of a run with all that trains it."""
+class SAEInTraining:
+    """One SAE with its optimizer, counters and metrics."""
 
     def __init__(self, cfg: RunConfig, name: str, sae: SAE) -> None:
         total = cfg.train.tokens
@@ -181,7 +195,7 @@ class Part:
         self.sae = sae
         self.optimizer = optim.build(sae)
         self.clip = optim.clip_grad_norm
-        self.dead = DeadLatents(sae, dead_after(sae, cfg))
+        self.dead = DeadLatents(sae, dead_after(sae, cfg), listed=sae.cfg.aux_coefficient > 0)
         self.metrics = TrainingMetrics(sae, self.dead, cfg.train.density_window_tokens)
         self.details: dict[str, float] = {}
         self._clipped = clipped_parameters(sae)
@@ -191,20 +205,22 @@ class Part:
         }
 
     def step(self, batch: Batch, tokens: int, lr_factor: float) -> None:
-        sae, rows = self.sae, len(batch.x)
+        """One step on `batch`, after `tokens` rows; `lr_factor` scales the learning rates."""
+        sae = self.sae
         lr = set_learning_rate(self.optimizer, lr_factor)
         coefficients = {
-            key: value * linear_warm_up(tokens + rows, length) for key, (value, length) in self._coefficients.items()
+            key: value * linear_warm_up(tokens, length) for key, (value, length) in self._coefficients.items()
         }
-        losses = training_losses(sae, batch, coefficients, self.dead, tokens)
-        losses.total.backward()
+        run = training_pass(sae, batch)
+        self.dead.observe(run.encoding.codes.detach(), len(batch.x), tokens)
+        terms = training_losses(sae, run, coefficients, self.dead)
+        torch.stack(list(terms.values())).sum().backward()
         project_decoder_gradient(sae)
         grad_norm = clip_gradients(self._clipped, self.clip)
         self.optimizer.step()
-        restore_constraints(sae)
+        sae.restore_constraints()
         self.optimizer.zero_grad(set_to_none=True)
-        self.metrics.update(losses, batch.y, grad_norm, self.clip)
-        self.metrics.end_density_window(tokens + rows)
+        self.metrics.update(run, terms, batch.y, grad_norm, self.clip)
         self.details = {"details/current_learning_rate": lr}
         self.details |= {f"details/{key}_coefficient": value for key, value in coefficients.items()}
 
@@ -222,5 +238,16 @@ def dead_after(sae: SAE, cfg: RunConfig) -> int:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is cuda where there is one, else cpu: statistics are in float64, which mps lacks."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    """`auto` is cuda where there is one, else cpu: statistics are in float64, which mps lacks.
+
+    Raises:
+        ConfigError: no such device.
+    """
+    cuda = torch.cuda.is_available()
+    try:
+        device = torch.device(("cuda" if cuda else "cpu") if name == "auto" else name)
+    except RuntimeError as error:
+        raise ConfigError(f"train.device: {name!r} is not a device; use auto, cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and not cuda:
+        raise ConfigError(f"train.device: {name!r} was asked for, but this torch finds no cuda device")
+    return device

@@ -1,5 +1,6 @@
 """Sites are found by name before any forward, read without changing the model, and the forward stops at the last."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -276,3 +277,18 @@ def test_load_model_says_what_is_missing(tmp_path: Path) -> None:
         load_model(ModelConfig())
     with pytest.raises(ConfigError, match="cannot read model"):
         load_model(ModelConfig(name=str(tmp_path), device="cpu"))
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nowhere", "xpu:7"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(tmp_path: Path, device: str) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.device: expected auto or one of cpu.*, found '{device}'"):
+        load_model(ModelConfig(name=str(tmp_path), device=device))
+
+
+def test_a_truncated_model_is_refused(llama_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(llama_folder, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"cannot read model .*model' or its tokenizer: \S"):
+        load_model(ModelConfig(name=str(folder), device="cpu"))

@@ -83,6 +83,15 @@ def test_a_budget_harvests_what_it_needs_and_no_more(llama: nn.Module, tokenizer
     assert needed <= store.counters["lm_tokens"] <= needed + forward
 
 
+def test_a_budget_is_exact_where_neither_batch_nor_forward_divides_the_buffer(llama: nn.Module, tokenizer: Any) -> None:
+    store = make(llama, tokenizer, iter(texts(50)), train_tokens=160, batch_tokens=16, buffer=BufferConfig(tokens=33))
+    assert store.capacity == 33
+    batches = [len(batch[SITES[0]]) for batch in store]
+    assert batches == [16] * 10
+    assert store.counters["dropped_last"] == 0
+    assert not store.exhausted
+
+
 def test_full_before_the_first_batch_and_kept_full(llama: nn.Module, tokenizer: Any) -> None:
     forwards: list[int] = []
     handle = llama.register_forward_pre_hook(lambda *_: forwards.append(1))
@@ -127,8 +136,32 @@ def test_exclusion_by_ids_or_not_at_all(llama: nn.Module, tokenizer: Any) -> Non
         ids = TokenStream.from_config(data, tokenizer, documents=texts(20)).take(store.counters["lm_tokens"] // CONTEXT)
         expected = int(((ids == 0) | (ids == 5)).sum()) if dropped is None else dropped
         assert store.counters["dropped_special"] == expected
-    with pytest.raises(DataError, match=r"are excluded from training; see data\.exclude"):
-        make(llama, tokenizer, ["w1 w1 w1 w1"] * 9, DataConfig(context_size=4, holdout=0.0, exclude=(0, 4))).fill()
+
+
+@pytest.mark.parametrize("endless", [True, False])
+def test_a_text_without_one_eligible_id_is_refused(llama: nn.Module, tokenizer: Any, endless: bool) -> None:
+    data = DataConfig(context_size=4, holdout=0.0, exclude=(0, 4), rows_per_forward=2)
+    documents = ["w1 w1 w1 w1"] * 9
+    with pytest.raises(DataError, match=r"all \d+ ids of the text are excluded from training; see data\.exclude"):
+        make(llama, tokenizer, documents if endless else iter(documents), data).fill()
+
+
+def test_a_forward_without_eligible_ids_is_passed_over_and_counted(llama: nn.Module, tokenizer: Any) -> None:
+    data = DataConfig(context_size=4, holdout=0.0, exclude=(0, 4), rows_per_forward=2, shuffle=False)
+    documents = ["w1 w1 w1 w1"] * 20 + ["w2 w3 w2 w3"] * 40
+    store = make(llama, tokenizer, iter(documents), data, batch_tokens=8, buffer=BufferConfig(tokens=16))
+    rows = sum(len(batch[SITES[0]]) for batch in store)
+    counters = store.counters
+    assert counters["dropped_special"] > 20 * 4
+    assert rows + counters["dropped_last"] + counters["dropped_special"] == counters["lm_tokens"]
+    assert rows > 0
+
+
+def test_the_share_and_the_skipped_documents_are_known(llama: nn.Module, tokenizer: Any) -> None:
+    store = make(llama, tokenizer, iter([None, *texts(20), ""]), DataConfig(holdout=0.25, context_size=CONTEXT))
+    assert store.holdout == (0.25,)
+    assert len(list(store)) > 0
+    assert store.counters["skipped_documents"] == 2
 
 
 def test_rows_that_are_not_finite_are_dropped_at_every_site(bridge: Any, tokenizer: Any) -> None:

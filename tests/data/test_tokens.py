@@ -11,15 +11,8 @@ import torch
 
 from sae_kit.config import structure, unstructure
 from sae_kit.data.holdout import is_held_out
-from sae_kit.data.tokens import (
-    DataConfig,
-    Documents,
-    Source,
-    TokenStream,
-    excluded_ids,
-    held_out_rows,
-    open_source,
-)
+from sae_kit.data.sources import Source, open_source
+from sae_kit.data.tokens import DataConfig, Documents, TokenStream, excluded_ids, held_out_rows
 from sae_kit.errors import ConfigError, DataError
 
 CONTEXT = 8
@@ -131,6 +124,20 @@ def test_a_source_that_ends_leaves_its_share_to_the_rest(tokenizer: Any, tmp_pat
     assert rows[:, 0].tolist() == [3, 4] * 5 + [4] * 10
 
 
+def test_shares_are_exact_again_after_a_source_has_ended(tokenizer: Any, tmp_path: Path) -> None:
+    sources = []
+    for i, (weight, epochs) in enumerate(((8.0, 1), (3.0, None), (1.0, None))):
+        (tmp_path / f"{i}.txt").write_text(words(*[i] * 400))
+        sources.append(Source(path=str(tmp_path / f"{i}.txt"), weight=weight, epochs=epochs))
+    cfg = DataConfig(sources=tuple(sources), context_size=CONTEXT, holdout=0.0, row_start=None, separator=None)
+    rows = TokenStream.from_config(cfg, tokenizer).take(150)[:, 0]
+    ended = int((rows == 3).nonzero().max()) + 1
+    assert int((rows == 3).sum()) == 50
+    rest = rows[ended:]
+    for j in range(1, len(rest) + 1):
+        assert abs(int((rest[:j] == 4).sum()) - 0.75 * j) <= 1
+
+
 @pytest.mark.parametrize("streaming", [True, False])
 def test_local_tables(tokenizer: Any, tmp_path: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
@@ -148,6 +155,100 @@ def test_local_tables(tokenizer: Any, tmp_path: Path, streaming: bool, monkeypat
         shuffled = Documents(opened, seed=0).batch(100)
         assert sorted(shuffled) == sorted(documents)
         assert (shuffled == documents) == streaming, "only what has a known length is shuffled"
+
+
+def dataset(documents: list[str], column: str = "text") -> Any:
+    import datasets
+
+    return datasets.Dataset.from_dict({column: documents, "n": list(range(len(documents)))})
+
+
+def test_a_dataset_object_is_read_as_its_column_of_text(tokenizer: Any) -> None:
+    documents = texts(30)
+    expected = stream(tokenizer, iter(documents)).take(1000)
+    for given in (dataset(documents), dataset(documents, "content").to_iterable_dataset()):
+        rows = stream(tokenizer, given)
+        assert torch.equal(rows.take(len(expected)), expected)
+        assert len(rows.take(100)) == 100, "further passes"
+    shuffled, same = (stream(tokenizer, dataset(documents), shuffle=True, seed=0).take(20) for _ in range(2))
+    assert torch.equal(shuffled, same)
+    assert not torch.equal(shuffled, expected[:20])
+    with pytest.raises(DataError, match="expected one column 'text' or 'content', found columns 'story', 'n'"):
+        stream(tokenizer, dataset(documents, "story"))
+    with pytest.raises(DataError, match="the documents: expected text, found no documents"):
+        stream(tokenizer, dataset([]))
+
+
+def tables(folder: Path, number: int) -> list[Path]:
+    documents = texts(number)
+    dataset(documents).to_parquet(folder / "a.parquet")
+    (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
+    (folder / "a.json").write_text(json.dumps([{"text": text} for text in documents]))
+    return [folder / name for name in ("a.parquet", "a.jsonl", "a.json")]
+
+
+def test_documents_of_local_tables_are_counted_for_the_share(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in tables(tmp_path, 300):
+        cfg = DataConfig(sources=(Source(path=str(path)),), context_size=CONTEXT)
+        assert TokenStream.from_config(cfg, tokenizer).holdout == (0.05,)
+        assert len(held_out_rows(cfg, tokenizer, 5)) == 5
+        monkeypatch.setattr("sae_kit.data.sources.COUNTED_BYTES", 100)
+        assert TokenStream.from_config(cfg, tokenizer).holdout == (0.001,)
+        monkeypatch.undo()
+
+
+def test_shares_and_skipped_documents_can_be_read(tokenizer: Any) -> None:
+    rows = stream(tokenizer, [None, *texts(2), ""], holdout=0.25)
+    rows.take(1)
+    assert (rows.holdout, rows.skipped_documents) == ((0.25,), 2)
+
+
+def test_a_readme_beside_tables_is_not_data(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.json"):
+        tables(tmp_path, 5)[1 if name == "a.json" else 2].unlink()
+        (tmp_path / "a.parquet").unlink()
+        (tmp_path / "README.md").write_text("# about")
+        assert list(open_source(Source(path=str(tmp_path)))) == texts(5)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_an_empty_table_is_said_or_passed_over(
+    tmp_path: Path, suffix: str, streaming: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    empty = folder / f"empty{suffix}"
+    empty.touch()
+    with pytest.raises(DataError, match=rf"empty\{suffix}: expected text, found 1 empty file"):
+        open_source(Source(path=str(empty), streaming=streaming))
+    for path in tables(folder, 4):
+        if path.suffix != suffix:
+            path.unlink()
+    assert list(open_source(Source(path=str(folder), streaming=streaming))) == texts(4)
+    assert f"empty{suffix} is empty: skipped" in caplog.text
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_tables_without_rows_or_broken(tmp_path: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    dataset([]).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "b.json").write_text("[]")
+    (tmp_path / "c.jsonl").write_text("\n\n")
+    (tmp_path / "d.jsonl").write_text('{"text": "w1"}\n{"text": ')
+    for name in ("a.parquet", "b.json", "c.jsonl", "d.jsonl"):
+        with pytest.raises(DataError, match=name):
+            open_source(Source(path=str(tmp_path / name), streaming=streaming))
+
+
+def test_an_empty_text_file_is_said(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").touch()
+    cfg = DataConfig(sources=(Source(path=str(tmp_path / "a.txt")),), context_size=CONTEXT)
+    with pytest.raises(DataError, match=r"a\.txt: expected text, found 1 documents, 1 of them empty"):
+        TokenStream.from_config(cfg, tokenizer).take(1)
 
 
 def test_local_text_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -203,10 +304,32 @@ def test_text_that_cannot_be_trained_on(tokenizer: Any, documents: Any, message:
         stream(tokenizer, documents).take(1)
 
 
-def test_a_split_without_documents_says_so(tokenizer: Any) -> None:
-    cfg = DataConfig(context_size=CONTEXT, holdout=0.0)
-    with pytest.raises(DataError, match=r"3 documents, 0 of them empty, and none is held out at a share of 0\.0"):
-        held_out_rows(cfg, tokenizer, 1, documents=texts(3))
+def test_a_split_without_documents_says_what_would_help(tokenizer: Any) -> None:
+    def refusal(documents: list[str], share: float) -> str:
+        with pytest.raises(DataError) as caught:
+            held_out_rows(DataConfig(context_size=CONTEXT, holdout=share), tokenizer, 1, documents=documents)
+        return str(caught.value)
+
+    found = "the documents: 3 documents, 0 of them empty, and none is held out at a share of"
+    assert refusal(texts(3), 0.0) == f"{found} 0.0; set a larger data.holdout, or eval.at_end=false"
+    assert refusal(texts(3), 0.001) == (
+        f"{found} 0.001: the corpus has too few documents for that; give more documents, set a larger data.holdout, "
+        "or set eval.at_end=false"
+    )
+    one = refusal(texts(1, length=500), 0.05)
+    assert one.endswith("; one document cannot be split: give more documents, or set eval.at_end=false")
+    with pytest.raises(
+        DataError, match=r"held-out text fills .* a larger data\.holdout or a smaller data\.context_size"
+    ):
+        held_out_rows(
+            DataConfig(context_size=100, holdout=0.5),
+            tokenizer,
+            1,
+            documents=[t for t in texts(9) if is_held_out(t, 0.5)],
+        )
+    everything = [text for text in texts(9) if is_held_out(text, 0.5)]
+    with pytest.raises(DataError, match=r"none is left to train on .* data\.holdout=0 and eval\.at_end=false"):
+        stream(tokenizer, everything, holdout=0.5).take(1)
 
 
 @pytest.mark.parametrize(
@@ -242,8 +365,22 @@ def test_streams_that_cannot_be_made(tokenizer: Any) -> None:
         TokenStream.from_config(DataConfig(context_size=8), tokenizer)
     with pytest.raises(ConfigError, match=r"data\.context_size"):
         TokenStream.from_config(DataConfig(), tokenizer, documents=["w1"])
-    with pytest.raises(ConfigError, match="found both or one string"):
-        stream(tokenizer, "w1 w2")
+    with pytest.raises(ConfigError, match=r"either data\.sources or documents, found both"):
+        stream(tokenizer, ["w1"], sources=(Source(path="demo"),))
+    for documents, found in (("w1 w2", "str"), ({"train": ["w1"]}, "dict")):
+        with pytest.raises(ConfigError, match=f"iterable of strings or one split of a dataset, found {found}"):
+            stream(tokenizer, documents)
+
+
+@pytest.mark.parametrize("mark", ["row_start", "separator", "doc_start"])
+@pytest.mark.parametrize("number", [-1, 64, 99_999])
+def test_ids_outside_the_vocabulary_are_refused_before_any_text_is_opened(
+    tokenizer: Any, mark: str, number: int
+) -> None:
+    fields: dict[str, Any] = {mark: number, "sources": (Source(path="nobody/nothing"),)}
+    with pytest.raises(ConfigError, match=rf"data\.{mark}: expected an id from 0 to 63, found {number}"):
+        TokenStream.from_config(DataConfig(context_size=8, **fields), tokenizer)
+    assert stream(tokenizer, ["w1 w2"], context_size=2, **{mark: 63}).take(1).shape == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -253,8 +390,8 @@ def test_streams_that_cannot_be_made(tokenizer: Any) -> None:
         ({"holdout": 1.0}, "holdout: expected a share"),
         ({"rows_per_forward": 0}, "rows_per_forward: expected at least 1"),
         ({"tokenize_batch": 0}, "tokenize_batch: expected at least 1"),
-        ({"sources": [{"path": "x", "weight": 0}]}, r"sources\[0\]: weight: expected a positive number"),
-        ({"sources": [{"path": "x", "epochs": 0}]}, r"sources\[0\]: epochs: expected at least 1"),
+        ({"sources": [{"path": "x", "weight": 0}]}, r"sources\[0\](\.|: )weight: expected a positive number"),
+        ({"sources": [{"path": "x", "epochs": 0}]}, r"sources\[0\](\.|: )epochs: expected at least 1"),
     ],
 )
 def test_config_refuses(fields: dict[str, Any], message: str) -> None:

@@ -2,12 +2,11 @@
 
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DemoRun
+from helpers import DemoRun
 from rich.console import Console
 
 from sae_kit import SAE, RunConfig
@@ -84,28 +83,50 @@ def test_only_a_former_demo_is_replaced(
     out = tmp_path / "demo"
     out.mkdir()  # empty: nothing to lose
     quiet(out)
-    (out / "mark").write_text("of the first")
+    before = (out / "metrics.json").read_text()
     with caplog.at_level(logging.INFO, "sae_kit"):
         quiet(out, seed=1)
     assert [r.getMessage() for r in caplog.records if "replacing" in r.getMessage()] == [
         f"replacing the former demo in {out}"
     ]
-    assert not (out / "mark").exists()
+    assert (out / "metrics.json").read_text() != before
+    (out / "metrics.json").unlink()
+    (out / "results.json").unlink()
+    quiet(out)  # interrupted before its end
+    tree = trees.load_tree(out / "run.yaml")
+    tree["optim"]["lr"] = 1e-3
+    (out / "run.yaml").write_text(trees.dump_yaml(tree))
+    quiet(out)  # a demo of another version
+
+
+def test_anything_else_is_left_alone(short: dict[str, Any], tmp_path: Path) -> None:
+    def refused(folder: Path) -> None:
+        before = sorted(folder.rglob("*")) if folder.is_dir() else None
+        with pytest.raises(OutputExistsError, match="is not the run of a demo; nothing was changed"):
+            quiet(folder)
+        assert before is None or sorted(folder.rglob("*")) == before
+
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").write_text("years of work")
-    with pytest.raises(OutputExistsError, match="is not the run of a demo; nothing was changed"):
-        quiet(other)
-    shutil.copytree(out, tmp_path / "mine")
-    tree = trees.load_tree(tmp_path / "mine" / "run.yaml")
-    tree["optim"]["lr"] = 1e-3
-    (tmp_path / "mine" / "run.yaml").write_text(trees.dump_yaml(tree))
-    with pytest.raises(OutputExistsError, match="is not the run of a demo"):
-        quiet(tmp_path / "mine")
-    assert (tmp_path / "mine" / "metrics.json").exists()
+    refused(other)
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputExistsError):
-        quiet(tmp_path / "file")
+    refused(tmp_path / "file")
+    quiet(tmp_path / "mine")
+    (tmp_path / "mine" / "notes.txt").write_text("what I saw")
+    refused(tmp_path / "mine")
+    (tmp_path / "mine" / "notes.txt").unlink()
+    (tmp_path / "mine" / "metrics.json").unlink()  # now it is a finished run of somebody's own
+    refused(tmp_path / "mine")
+
+
+def test_the_current_folder_may_be_the_output(
+    short: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    quiet(Path("."))
+    assert (tmp_path / "saes" / "sae" / "cfg.json").exists()
+    assert (tmp_path / "metrics.json").exists()
 
 
 def test_the_demo_is_an_ordinary_run() -> None:

@@ -264,3 +264,18 @@ def test_a_model_with_saes_attached_is_refused(toy: Toy) -> None:
     sae = sae_at("layer", dtype="float64")
     with attached(toy, sae), pytest.raises(ConfigError, match="attached to the model at layer"):
         evaluate(sae, toy, ids(2))
+
+
+def test_rows_longer_than_the_model_can_read_are_refused() -> None:
+    model = bridge()
+    limit = model.cfg.n_ctx
+    with pytest.raises(
+        ConfigError, match=rf"rows: expected at most {limit} ids, the model's maximum, found {limit + 1}"
+    ):
+        evaluate(sae_at(SITE), model, ids(1, limit + 1))
+
+
+def test_what_is_no_sae_is_refused(toy: Toy) -> None:
+    other: Any = torch.nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"expected an SAE, .* found Linear; SAE\.load_from_disk reads one"):
+        evaluate({"a": sae_at("layer"), "b": other}, toy, ids(2))

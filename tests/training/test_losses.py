@@ -8,7 +8,8 @@ from helpers import ARCHITECTURES, D_SAE, make_config, make_sae, rows
 
 from sae_kit import Batch
 from sae_kit.sae import SAE
-from sae_kit.training.losses import DeadLatents, auxk_loss, training_losses
+from sae_kit.training.dead import DeadLatents
+from sae_kit.training.losses import Pass, auxk_loss, training_losses, training_pass
 
 
 def with_dead(dead: list[int], *, after: int = 100, **fields: Any) -> tuple[SAE, DeadLatents]:
@@ -20,6 +21,11 @@ def with_dead(dead: list[int], *, after: int = 100, **fields: Any) -> tuple[SAE,
     counters = DeadLatents(sae, after)
     counters.candidates = torch.tensor(dead)
     return sae, counters
+
+
+def reading(sae: SAE, x: torch.Tensor) -> Pass:
+    """A pass over rows that are in training space already."""
+    return Pass(x, x, sae.encoding(x), x)
 
 
 def formula(sae: SAE, x: torch.Tensor, residual: torch.Tensor, dead: list[int], aux_k: int) -> torch.Tensor:
@@ -42,7 +48,7 @@ def test_auxk_is_its_formula(number: int, rescale: bool) -> None:
     dead = list(range(5, 5 + number))
     sae, counters = with_dead(dead, rescale_acts_by_decoder_norm=rescale)
     x, residual = rows(64, dtype=torch.float64), rows(64, seed=5, dtype=torch.float64)
-    found = auxk_loss(sae, x, x, residual, counters, aux_k=16)
+    found = auxk_loss(sae, reading(sae, x), residual, counters, aux_k=16)
     expected = formula(sae, x, residual, dead, 16)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     for parameter in (sae.W_enc, sae.b_enc, sae.W_dec):
@@ -56,7 +62,7 @@ def test_auxk_reaches_dead_latents_and_nothing_else(number: int) -> None:
     dead = list(range(number))
     sae, counters = with_dead(dead)
     x = rows(64, dtype=torch.float64)
-    auxk_loss(sae, x, x, rows(64, seed=5, dtype=torch.float64), counters, aux_k=16).backward()
+    auxk_loss(sae, reading(sae, x), rows(64, seed=5, dtype=torch.float64), counters, aux_k=16).backward()
     assert sae.b_dec.grad is None
     assert sae.W_enc.grad is not None
     assert sae.W_dec.grad is not None
@@ -72,16 +78,18 @@ def test_a_candidate_that_fired_again_is_left_out() -> None:
     sae.tokens_since_fired[4] = 0
     other, only = with_dead([3, 5, 6])
     x, residual = rows(64, dtype=torch.float64), rows(64, seed=5, dtype=torch.float64)
-    found = auxk_loss(sae, x, x, residual, counters, aux_k=8)
-    torch.testing.assert_close(found, auxk_loss(other, x, x, residual, only, aux_k=8), rtol=1e-10, atol=1e-10)
+    found = auxk_loss(sae, reading(sae, x), residual, counters, aux_k=8)
+    torch.testing.assert_close(
+        found, auxk_loss(other, reading(other, x), residual, only, aux_k=8), rtol=1e-10, atol=1e-10
+    )
     sae.tokens_since_fired.zero_()
-    assert auxk_loss(sae, x, x, residual, counters, aux_k=8) == 0
+    assert auxk_loss(sae, reading(sae, x), residual, counters, aux_k=8) == 0
 
 
 def test_auxk_of_a_perfect_reconstruction_is_zero() -> None:
     sae, counters = with_dead([1, 2])
     x = rows(8, dtype=torch.float64)
-    assert auxk_loss(sae, x, x, torch.zeros_like(x), counters, aux_k=8) == 0
+    assert auxk_loss(sae, reading(sae, x), torch.zeros_like(x), counters, aux_k=8) == 0
 
 
 def test_auxk_scales_like_the_reconstruction_loss() -> None:
@@ -89,11 +97,18 @@ def test_auxk_scales_like_the_reconstruction_loss() -> None:
     sae, counters = with_dead([1, 2, 3], normalize_activations="none")
     x, residual = rows(64, dtype=torch.float64), rows(64, seed=5, dtype=torch.float64)
     with torch.no_grad():
-        one = auxk_loss(sae, x, x, residual, counters, aux_k=8)
+        one = auxk_loss(sae, reading(sae, x), residual, counters, aux_k=8)
         sae.b_enc *= 10
         sae.b_dec *= 10
-        ten = auxk_loss(sae, 10 * x, 10 * x, 10 * residual, counters, aux_k=8)
+        ten = auxk_loss(sae, reading(sae, 10 * x), 10 * residual, counters, aux_k=8)
     assert (ten / one).item() == pytest.approx(100)
+
+
+def observed(sae: SAE, u: torch.Tensor, counters: DeadLatents, tokens: int = 0) -> Pass:
+    """A pass whose codes the counters have seen, as in a step."""
+    run = training_pass(sae, Batch(u, u))
+    counters.observe(run.encoding.codes.detach(), len(u), tokens)
+    return run
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -102,23 +117,66 @@ def test_terms_and_counters(name: str) -> None:
     u = rows(50) * 6
     sae.norm_in.estimate(u)
     sae.tokens_since_fired += 7
-    coefficients = dict.fromkeys(sae.cfg.coefficients(), 0.5)
-    losses = training_losses(sae, Batch(u, u), coefficients, DeadLatents(sae, 1000), tokens=0)
+    counters = DeadLatents(sae, 1000)
+    run = observed(sae, u, counters)
+    terms = training_losses(sae, run, {key: 0.5 for key in sae.cfg.coefficients()}, counters)
     x = u * sae.norm_in.scale
     expected = (sae(u) * sae.norm_in.scale - x).square().sum(dim=1).mean()
-    torch.testing.assert_close(losses.terms["mse_loss"], expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(losses.reconstruction, sae(u).detach(), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(losses.total, torch.stack(list(losses.terms.values())).sum())
+    torch.testing.assert_close(terms["mse_loss"], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sae.norm_in.inverse(run.y_hat), sae(u), rtol=1e-5, atol=1e-4)
     fired = sae.encode(u) != 0
     assert torch.equal(sae.firing_count, fired.sum(dim=0))
     assert torch.equal(sae.tokens_since_fired, torch.where(fired.any(dim=0), 0, 57))
     assert sae.tokens_seen == 50
 
 
+@pytest.mark.parametrize("aux_k", [None, 4])
+def test_auxk_within_all_losses(aux_k: int | None) -> None:
+    """Residual, coefficient, default of aux_k, order of counting and reading, and every gradient, at once."""
+    fields = {"dtype": "float64", "aux_coefficient": 0.3, "aux_k": aux_k}
+    sae, reference = make_sae("topk", **fields), make_sae("topk", **fields)
+    dead = list(range(20, 44))
+    with torch.no_grad():
+        for one in (sae, reference):
+            one.b_enc[dead] -= 3.0  # never among the largest
+    x, y = rows(64, dtype=torch.float64), rows(64, seed=8, dtype=torch.float64)
+    counters = DeadLatents(sae, after=64)  # dead after this very batch, and not before it
+    run = training_pass(sae, Batch(x, y))
+    counters.observe(run.encoding.codes.detach(), 64, 0)
+    silent = (sae.encode(x) == 0).all(dim=0).nonzero().squeeze(1).tolist()
+    assert set(dead) <= set(silent)
+    terms = training_losses(sae, run, {}, counters)
+    y_hat = reference(x)
+    mse = (y_hat - y).square().sum(dim=1).mean()
+    residual = (y - y_hat).detach()
+    aux = formula(reference, x, residual, silent, aux_k or sae.d_in // 2)
+    aux = aux * (y - y.mean(0)).square().sum() / (x - x.mean(0)).square().sum()  # the formula took x for the target
+    torch.testing.assert_close(terms["auxiliary_reconstruction_loss"], 0.3 * aux, rtol=1e-10, atol=1e-10)
+    sum(terms.values(), torch.zeros(())).backward()
+    (mse + 0.3 * aux).backward()
+    for (name, parameter), other in zip(sae.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_gated_keeps_its_own_auxiliary_term_beside_auxk() -> None:
+    sae = make_sae("gated", aux_coefficient=0.5)
+    with torch.no_grad():
+        sae.get_parameter("b_gate")[:5] = -100
+    counters, plain = DeadLatents(sae, 50), DeadLatents(sae, 10**6)
+    run = observed(sae, rows(50), counters)
+    both = training_losses(sae, run, {"l1": 0.0}, counters)["auxiliary_reconstruction_loss"]
+    own = training_losses(sae, run, {"l1": 0.0}, plain)["auxiliary_reconstruction_loss"]
+    residual = (run.y - run.y_hat).detach()
+    torch.testing.assert_close(both, own + 0.5 * auxk_loss(sae, run, residual, counters, 16))
+    (both - own).backward()
+    gradient = sae.get_parameter("r_mag").grad
+    assert gradient is None or (gradient == 0).all()
+
+
 def test_a_selected_latent_of_value_zero_has_not_fired() -> None:
     sae = make_config("topk", k=D_SAE).build()  # all are selected, half of them are negative
     u = rows(50)
-    training_losses(sae, Batch(u, u), {}, DeadLatents(sae, 1000), tokens=0)
+    observed(sae, u, DeadLatents(sae, 1000))
     assert torch.equal(sae.firing_count, (sae.preactivations(u) > 0).sum(dim=0))
     assert 0 < sae.firing_count.sum() < 50 * D_SAE
 
@@ -127,11 +185,17 @@ def test_candidates_are_read_once_per_interval() -> None:
     sae = make_sae("topk")
     with torch.no_grad():
         sae.b_enc[:10] = -1000
-    counters = DeadLatents(sae, 100)
-    assert counters.refresh_every == 10
+    counters = DeadLatents(sae, 1000)
+    assert counters.refresh_every == 100
     u, sizes = rows(40), []
-    for step in range(5):
-        training_losses(sae, Batch(u, u), {}, counters, tokens=40 * step)
+    for step in range(30):
+        sae.tokens_since_fired[:10] += 1000 * (step == 4)  # they die in the middle of an interval
+        observed(sae, u, counters, tokens=40 * step)
         sizes.append(len(counters.candidates))
-    assert sizes[:2] == [0, 0]
-    assert sizes[2] == sizes[4] >= 10
+    assert sizes[:6] == [0] * 6, "read at 0, then at 120: the first step past an interval of 100"
+    assert sizes[6] >= 10
+    assert DeadLatents(sae, 10**9).refresh_every == 1_000_000
+    silent = DeadLatents(sae, 1, listed=False)
+    observed(sae, u, silent)
+    assert len(silent.candidates) == 0
+    assert silent.mask().any()

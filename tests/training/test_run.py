@@ -1,5 +1,6 @@
 """A run from config to folder, on the demo model and real text, small."""
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -57,7 +58,9 @@ def test_the_folder_holds_everything(result: RunResult) -> None:
     assert cfg.saes["sae"].hook == HOOK
     assert cfg.train.tokens == 12_288
     rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["tokens"] for row in rows] == [4096, 8192, 12_288]
+    assert [row["tokens"] for row in rows] == [4096, 8192, 12_288, 12_288]
+    evals = result.evals["sae"]
+    assert rows[-1]["evals/sparsity/l0"] == evals["sparsity"]["l0"]
     results = json.loads((result.folder / "results.json").read_text())["sae"]
     assert results["evals"] == result.evals["sae"]
     assert results["tokens"] == 12_288
@@ -109,7 +112,31 @@ def test_several_saes_share_one_pass(result: RunResult, tmp_path: Path) -> None:
     both = run(RunConfig.from_dict(tree))
     assert set(both.saes) == set(both.evals) == {"sae", "other"}
     torch.testing.assert_close(both.saes["sae"].state_dict(), result.saes["sae"].state_dict(), rtol=0, atol=0)
-    assert both.training.metrics["other/details/current_learning_rate"] < 1e-3
+    assert both.training.metrics["other/details/current_learning_rate"] == pytest.approx(1e-3 * 512 / 2457, rel=1e-3)
+
+
+def test_the_run_says_where_an_sae_reads(result: RunResult, tmp_path: Path) -> None:
+    """Metadata of a reused config do not: they would train on another site, silently."""
+    old = result.saes["sae"].cfg.metadata
+    old = dataclasses.replace(old, neuronpedia_id="x", hook_head_index=0, l0=None)
+    sae = TopKSAEConfig(d_sae=256, k=16, metadata=old)
+    found = tiny(tmp_path, hook="blocks.3.hook_resid_pre", sae=sae, eval={"at_end": False}).saes["sae"].cfg.metadata
+    assert found.hook_name == "blocks.3.hook_resid_pre"
+    assert (found.neuronpedia_id, found.hook_head_index) == ("x", 0)
+
+
+@pytest.mark.parametrize("change", [{"fidelity_tokens": 2048}, {"ablation": "mean"}])
+def test_every_field_of_the_evaluation_has_an_effect(result: RunResult, tmp_path: Path, change: dict[str, Any]) -> None:
+    found = tiny(tmp_path, eval={**SMALL["eval"], **change}).evals["sae"]["model_performance_preservation"]
+    assert (
+        found["ce_loss_with_ablation"] != result.evals["sae"]["model_performance_preservation"]["ce_loss_with_ablation"]
+    )
+
+
+def test_the_evaluation_leaves_out_what_training_left_out(result: RunResult, tmp_path: Path) -> None:
+    data = {**SMALL["data"], "exclude": "none"}
+    found = tiny(tmp_path, data=data).evals["sae"]["shrinkage"]["l2_norm_in"] or 0.0
+    assert found > 1.05 * (result.evals["sae"]["shrinkage"]["l2_norm_in"] or 0.0), "BOS has a norm of its own"
 
 
 def test_own_model_and_own_texts(tmp_path: Path) -> None:
@@ -150,17 +177,18 @@ def test_wandb_keeps_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ({"data": {"context_size": 512}}, ConfigError, "context_size: expected at most 256"),
         ({"dataset": []}, DataError, ""),
         ({"optim": {"lrr": 1}}, ConfigError, "unknown key 'optim.lrr' in OptimConfig. Did you mean 'lr'?"),
+        ({"train": {"batch_tokens": 512, "device": "cuda:7"}}, ConfigError, "cuda"),
+        ({"name": "../up"}, ConfigError, "name: '../up' cannot be the name of a folder"),
         ({"model": "nowhere/nothing"}, ConfigError, "cannot read model 'nowhere/nothing'"),
     ],
 )
 def test_bad_input_is_refused_before_training(
-    tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(error) as found:
         tiny(tmp_path, **changes)
     assert message in str(found.value)
-    assert not list(tmp_path.rglob("metrics.jsonl"))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()], "nothing that would block the next try"
 
 
 def test_an_existing_folder_is_never_overwritten(result: RunResult) -> None:
@@ -193,7 +221,7 @@ def test_short_names_and_paths() -> None:
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({}, "RunConfig needs train"),
+        ({}, "train: TrainConfig needs tokens"),
         ({"tokens": 5}, "tokens must be at least one batch of 4,096, found 5"),
         ({"tokens": 1e6}, "train.tokens: expected int, found 1000000.0"),
         (

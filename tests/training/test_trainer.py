@@ -5,12 +5,13 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from helpers import ARCHITECTURES, D_IN, make_config, make_sae
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae_kit import Batch, RunConfig, SAEMetadata, SAETrainer
 from sae_kit.errors import ConfigError, DataError, NonFiniteError, ShapeError
@@ -18,7 +19,9 @@ from sae_kit.sae import SAE
 from sae_kit.seeding import generator
 from sae_kit.training.callbacks import JSONL, Callback
 from sae_kit.training.optim import OptimConfig, clip_gradients, clipped_parameters
-from sae_kit.training.trainer import dead_after
+from sae_kit.training.dead import DeadLatents
+from sae_kit.training.losses import training_losses, training_pass
+from sae_kit.training.trainer import SAEInTraining, dead_after
 
 BATCH = 64
 every = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -92,11 +95,96 @@ def test_several_saes_train_as_each_alone() -> None:
         assert result.metrics[f"{name}/metrics/l0"] == metrics["metrics/l0"]
 
 
-def test_a_batch_may_say_what_is_read_and_what_is_reproduced() -> None:
-    one, two = make_sae("topk"), make_sae("topk")
+@every
+def test_a_batch_may_say_what_is_read_and_what_is_reproduced(name: str) -> None:
+    one, two, other = make_sae(name), make_sae(name), make_sae(name)
     fit(one)
     SAETrainer(run_config(), two, (Batch(x, x) for x in batches()), callbacks=[]).fit()
     torch.testing.assert_close(one.state_dict(), two.state_dict(), rtol=0, atol=0)
+    shifted = SAETrainer(run_config(), other, (Batch(x, x + 5) for x in batches()), callbacks=[]).fit()
+    assert other.b_dec.mean() > two.b_dec.mean(), "the target is y, not x"
+    assert shifted.metrics["metrics/explained_variance"] < 0
+
+
+@every
+def test_one_step_by_hand(name: str) -> None:
+    """Projection, clipping and order of a step, against plain SGD written out."""
+    sae, reference = (make_sae(name, decoder_norm_constraint="unit", dtype="float64") for _ in range(2))
+    for one in (sae, reference):
+        one.restore_constraints()
+    cfg = run_config(10_000, optim={"lr": 0.1, "clip_grad_norm": 0.01}, schedule={"warm_up_tokens": 0})
+    part = SAEInTraining(cfg, "sae", sae)
+    part.optimizer = torch.optim.SGD(part.optimizer.param_groups)
+    for group in part.optimizer.param_groups:
+        group["base_lr"] = 0.1
+    x = next(batches()).double()
+    part.step(Batch(x, x), 0, 1.0)
+    assert all(p.grad is None for p in sae.parameters())
+    run = training_pass(reference, Batch(x, x))
+    coefficients = {key: c.value for key, c in reference.cfg.coefficients().items()}
+    terms = training_losses(reference, run, coefficients, DeadLatents(reference, 10**9))
+    sum(terms.values(), torch.zeros(())).backward()
+    W_dec = reference.W_dec
+    assert W_dec.grad is not None
+    radial = (W_dec.grad * W_dec).sum(dim=1, keepdim=True) * W_dec
+    assert radial.abs().max() > 0
+    W_dec.grad -= radial.detach()
+    grads = {key: p.grad for key, p in reference.named_parameters() if p.grad is not None}
+    norm = torch.cat([g.flatten() for key, g in grads.items() if key != "threshold"]).norm()
+    with torch.no_grad():
+        for key, parameter in reference.named_parameters():
+            if key in grads:
+                parameter -= 0.1 * grads[key] * (1.0 if key == "threshold" else 0.01 / norm)
+        W_dec /= W_dec.norm(dim=1, keepdim=True)
+        if name == "jumprelu":
+            reference.get_parameter("threshold").clamp_(min=0)
+    for (key, parameter), other in zip(sae.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=1e-4, atol=1e-7, msg=key)
+
+
+def test_coefficients_warm_up_from_zero() -> None:
+    """λ(t) counts the tokens before the step, so the first step has none."""
+    sae = make_sae("standard", l1_coefficient=2.0, l1_warm_up_tokens=4 * BATCH)
+    part = SAEInTraining(run_config(10), "sae", sae)
+    found = []
+    for step, x in enumerate(batches(6)):
+        part.step(Batch(x, x), step * BATCH, 1.0)
+        found.append(part.details["details/l1_coefficient"])
+    assert found == [0.0, 0.5, 1.0, 1.5, 2.0, 2.0]
+
+
+@every
+def test_a_step_that_logs_nothing_does_not_wait_for_the_device(name: str) -> None:
+    sae = make_config(name).build()
+    part = SAEInTraining(run_config(10**6), "sae", sae)
+    data = list(batches(6))
+    part.step(Batch(data[0], data[0]), 0, 1.0)  # reads the list of dead latents once
+
+    class Waits(TorchDispatchMode):
+        found: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "is_nonzero", "item"):
+                self.found.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Waits() as waits:
+        for step, x in enumerate(data[1:], start=1):
+            part.step(Batch(x, x), step * BATCH, 0.5)
+    assert waits.found == []
+
+
+def test_what_the_evaluation_finds_reaches_the_callbacks(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    SAETrainer(
+        run_config(3),
+        make_sae("topk"),
+        batches(3),
+        callbacks=[JSONL(path)],
+        evaluate=lambda: {"evals/a/b": 0.5, "c": None},
+    ).fit()
+    last = json.loads(path.read_text().splitlines()[-1])
+    assert (last["evals/a/b"], last["c"], last["step"]) == (0.5, None, 3)
 
 
 @pytest.mark.parametrize(
@@ -155,8 +243,8 @@ def test_every_training_field_has_an_effect(name: str) -> None:
         needs |= {key: {"dead_after_tokens": BATCH} for key in ("aux_coefficient", "aux_k")}
     fields = [f.name for f in dataclasses.fields(make_config(name)) if f.metadata.get("training_only")]
     for field in fields:
-        if field == "dead_after_tokens" and name != "topk":
-            continue  # all report dead latents, AuxK alone trains on them
+        if field in ("dead_after_tokens", "aux_k", "aux_coefficient") and name != "topk":
+            continue  # all report dead latents; AuxK, off here by default, is tested in test_losses
         base = needs.get(field, {})
         flipped = {**base, field: 6.0 if field == "target_l0" else other[field]}
         one, two = make_config(name, **base).build(), make_config(name, **flipped).build()
@@ -254,7 +342,7 @@ def test_metrics_do_not_depend_on_the_batch_size(lengths: list[int]) -> None:
     trainer = SAETrainer(cfg, sae, iter(u.split(lengths)), callbacks=[])
     for part in u.split(lengths):
         trainer.step(part)
-    metrics = trainer.parts["sae"].metrics.compute()
+    metrics = trainer.in_training["sae"].metrics.take()
     expected = 1 - (sae(u) - u).square().sum() / (u - u.mean(dim=0)).square().sum()
     assert metrics["metrics/explained_variance"] == pytest.approx(expected.item(), abs=1e-6)
 
@@ -265,6 +353,8 @@ def test_density_is_over_the_last_full_window() -> None:
     metrics = fit(sae, 5, optim={"lr": 0.0}, train={"density_window_tokens": 2 * BATCH})
     window = torch.cat(u[2:4])
     density = (make_sae("topk").encode(window) != 0).double().mean(dim=0)
+    again = fit(sae, 5, optim={"lr": 0.0}, train={"density_window_tokens": 2 * BATCH})
+    assert again["sparsity/above_1e-1"] == metrics["sparsity/above_1e-1"], "what was counted before does not enter"
     expected = torch.log10(density + 1e-10).mean().item()
     assert metrics["metrics/mean_log10_feature_sparsity"] == pytest.approx(expected, abs=1e-6)
     assert metrics["sparsity/above_1e-1"] == (density > 0.1).sum().item()
@@ -329,10 +419,14 @@ def test_bad_input_is_named() -> None:
         SAETrainer(run_config(), sae, iter(()), callbacks=[]).fit()
     with pytest.raises(ShapeError, match=r"SAE 'sae' expects rows of shape \[batch, 32\], found \[4, 31\]"):
         SAETrainer(run_config(), make_sae("topk"), [torch.zeros(4, 31)], callbacks=[]).fit()
+    with pytest.raises(ShapeError, match=r"SAE 'sae' reproduces rows of shape \[4, 32\], found a target of \[4, 31\]"):
+        SAETrainer(run_config(), make_sae("topk"), [Batch(torch.zeros(4, 32), torch.zeros(4, 31))], callbacks=[]).fit()
     with pytest.raises(DataError, match=r"SAE 'sae' reads None, the batch holds 'a'"):
         SAETrainer(run_config(), make_sae("topk"), [{"a": torch.zeros(4, 32)}], callbacks=[]).fit()
     with pytest.raises(ConfigError, match="there is no SAE to train"):
         SAETrainer(run_config(), {}, batches(), callbacks=[])
+    with pytest.raises(ConfigError, match="train.device: 'tpu-9' is not a device"):
+        SAETrainer(run_config(train={"device": "tpu-9"}), make_sae("topk"), batches())
 
 
 def test_global_randomness_is_left_alone() -> None:
