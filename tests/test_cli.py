@@ -68,7 +68,8 @@ def test_flags_beat_overrides_and_overrides_beat_the_file(tmp_path: Path) -> Non
 
 def test_values_are_written_as_in_yaml() -> None:
     cfg = parse(
-        *TRAIN[:2], *TRAIN[4:], "--sae.d_sae", "512", "--sae.normalize_activations", "none", "--buffer.mix", "none", "--log.console", "false", "--optim.clip_grad_norm", "null", "--optim.betas", "[0.8, 0.9]",
+        *TRAIN[:2], *TRAIN[4:], "--sae.d_sae", "512", "--sae.normalize_activations", "none", "--buffer.mix", "none",
+        "--log.console", "false", "--optim.clip_grad_norm", "null", "--optim.betas", "[0.8, 0.9]",
         "--schedule.warm_up_tokens", "5%", "--log.wandb.project", "p", "--data.sources", "[demo, {path: x, weight: 2}]",
     )  # fmt: skip
     assert cfg.saes["sae"].sae.normalize_activations == "none", "text, unlike null"

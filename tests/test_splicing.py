@@ -322,8 +322,11 @@ def test_an_sae_removed_with_all_hooks_does_not_come_back(llama: Any, when: str)
             assert differ(llama(ids()), clean)
             if when == "within":
                 llama.reset_hooks(including_permanent=True)
-        assert not middle.is_attached
-        assert llama(ids()).equal(clean)
+        for _ in range(2):
+            assert not middle.is_attached
+            assert llama(ids()).equal(clean)
+            with attached(llama, sae_at(SITE, seed=4)) as another:
+                assert another.is_attached
         middle.detach()
         assert not outer.is_attached
         assert llama(ids()).equal(clean)
@@ -493,9 +496,9 @@ def test_something_else_than_an_sae_is_refused_where_nothing_checks_types() -> N
     code = """
 from torch import nn
 from sae_kit import attached
-for wrong in (nn.Linear(2, 2), None, "runs/saes/sae", {"": 5}):
+for wrong in (nn.Linear(2, 2), None, "runs/saes/sae", {"0": 5}):
     try:
-        attached(nn.Linear(2, 2), wrong).__enter__()
+        attached(nn.Sequential(nn.Linear(2, 2)), wrong).__enter__()
     except ValueError as error:
         print(type(error).__name__, error)
 """

@@ -1,7 +1,8 @@
 """One file per architecture; importing this folder registers them all.
 
 A new architecture is one file here: a frozen config, a class with `encoding` (how latents switch on) and
-`sparsity_losses`, and the decorator that pairs them. Nothing else in the library lists architectures.
+`sparsity_losses`, and the decorator that pairs them. The loader, the command line and the contract tests read the
+registry.
 """
 
 from sae_kit.architectures.gated import GatedSAE, GatedSAEConfig

@@ -62,7 +62,8 @@ def demo(out: Path, *, seed: int = 0, console: Console | None = None) -> RunResu
     )
     console.print()
     console.print("Ten latents and where they are strongest in held-out modules:", style="bold")
-    console.print(render([describe(found, index) for index in choose_latents(found, SHOWN_LATENTS)], tokenizer))
+    latents = [describe(found, index) for index in choose_latents(found, SHOWN_LATENTS)]
+    console.print(render(latents, tokenizer, colour=console.color_system is not None))
     console.print(f"The SAE is in {out / 'saes' / 'sae'}; open it with SAE.load_from_disk.", highlight=False)
     return result
 

@@ -119,20 +119,25 @@ def _context(found: Activations, index: int, row: int, position: int) -> Context
     return Context(found.rows[row, start:stop], on.sum(dim=1))
 
 
-def render(latents: list[Latent], tokenizer: Any) -> RenderableType:
-    """Each latent as a heading and a line per context, the background as warm as the activation is strong."""
+def render(latents: list[Latent], tokenizer: Any, *, colour: bool = True) -> RenderableType:
+    """Each latent as a heading and a line per context, the background as warm as the activation is strong.
+
+    Without colour, tokens with more than half the latent's maximum stand in «guillemets».
+    """
     parts: list[RenderableType] = []
     for latent in latents:
         parts.append(Text(f"latent {latent.index}   on {latent.density:.2%} of tokens", style="bold"))
-        lines = (_line(context, latent.maximum, tokenizer) for context in latent.contexts)
+        lines = (_line(context, latent.maximum, tokenizer, colour) for context in latent.contexts)
         parts += [Padding(line, (0, 0, 0, 2), expand=False) for line in lines]
     return Group(*parts)
 
 
-def _line(context: Context, maximum: float, tokenizer: Any) -> Text:
+def _line(context: Context, maximum: float, tokenizer: Any, colour: bool) -> Text:
     line = Text(no_wrap=True, overflow="ellipsis")
     for token, act in zip(context.ids.tolist(), context.acts.tolist(), strict=True):
         text = re.sub(" {3,}", "  ", tokenizer.decode([token]).replace("\n", "⏎").replace("\t", "⇥"))
+        if not colour and act > maximum / 2:
+            text = f"«{text}»"
         line.append(text, style=_warmth(act / maximum) if act > 0 else "dim")
     return line
 

@@ -52,7 +52,7 @@ def training_losses(
 def auxk_loss(
     sae: SAE, run: Pass, residual: Float[Tensor, "batch d_out"], dead: DeadLatents, aux_k: int
 ) -> Float[Tensor, ""]:
-    """AuxK (Gao et al. 2024, A.2): dead latents, the `aux_k` strongest of each row, reconstruct what living ones missed.
+    """AuxK (Gao et al. 2024, A.2): each row's `aux_k` strongest dead latents reconstruct what the living ones missed.
 
     min(n_dead / aux_k, 1) · V_y · E‖e − ê‖² / V_e with the variances V of target y and residual e, so that a
     coefficient means the same in any units. Gradients reach the encoder, bias and decoder rows of dead latents alone.

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from rich.color import ColorTriplet
+from rich.color_triplet import ColorTriplet
 from rich.console import Console
 from rich.segment import Segment
 from torch import Tensor
@@ -130,6 +130,15 @@ def test_the_background_is_warmest_at_the_peak_and_spaces_are_signs() -> None:
     assert peak.hex == WARM
     assert faint.red < half.red < peak.red
     assert faint.green < half.green < peak.green
+
+
+def test_without_colour_the_strong_tokens_are_marked() -> None:
+    context = Context(torch.tensor([0, 1, 2, 3]), torch.tensor([0.0, 2.0, 0.5, 1.5]))
+    latent = Latent(index=7, density=0.0042, maximum=2.0, contexts=[context])
+    console = Console(width=80, color_system=None)
+    with console.capture() as captured:
+        console.print(render([latent], Words(), colour=False))
+    assert captured.get().splitlines()[1] == "  def«⏎»⇥x«  return»"
 
 
 def test_warmth_is_relative_to_the_latent_not_to_the_line() -> None:

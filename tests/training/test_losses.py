@@ -119,7 +119,7 @@ def test_terms_and_counters(name: str) -> None:
     sae.tokens_since_fired += 7
     counters = DeadLatents(sae, 1000)
     run = observed(sae, u, counters)
-    terms = training_losses(sae, run, {key: 0.5 for key in sae.cfg.coefficients()}, counters)
+    terms = training_losses(sae, run, dict.fromkeys(sae.cfg.coefficients(), 0.5), counters)
     x = u * sae.norm_in.scale
     expected = (sae(u) * sae.norm_in.scale - x).square().sum(dim=1).mean()
     torch.testing.assert_close(terms["mse_loss"], expected, rtol=1e-4, atol=1e-4)

@@ -68,7 +68,7 @@ def test_a_field_without_effect_is_refused(name: str) -> None:
 def test_ratios_are_shares() -> None:
     for name in ("end_ratio", "decay_end_ratio"):
         with pytest.raises(ConfigError, match=f"{name} must lie between 0 and 1, found 7"):
-            ScheduleConfig(name="linear", **{name: 7.0})
+            factors(**{"name": "linear", name: 7.0})
     with pytest.raises(ConfigError, match="decay_end_ratio has no meaning without a decay"):
         factors(name="constant", decay_end_ratio=0.5)
 

@@ -18,9 +18,9 @@ from sae_kit.errors import ConfigError, DataError, NonFiniteError, ShapeError
 from sae_kit.sae import SAE
 from sae_kit.seeding import generator
 from sae_kit.training.callbacks import JSONL, Callback
-from sae_kit.training.optim import OptimConfig, clip_gradients, clipped_parameters
 from sae_kit.training.dead import DeadLatents
 from sae_kit.training.losses import training_losses, training_pass
+from sae_kit.training.optim import OptimConfig, clip_gradients, clipped_parameters
 from sae_kit.training.trainer import SAEInTraining, dead_after
 
 BATCH = 64
@@ -425,7 +425,7 @@ def test_bad_input_is_named() -> None:
         SAETrainer(run_config(), make_sae("topk"), [{"a": torch.zeros(4, 32)}], callbacks=[]).fit()
     with pytest.raises(ConfigError, match="there is no SAE to train"):
         SAETrainer(run_config(), {}, batches(), callbacks=[])
-    with pytest.raises(ConfigError, match="train.device: 'tpu-9' is not a device"):
+    with pytest.raises(ConfigError, match=r"train\.device: 'tpu-9' is not a device"):
         SAETrainer(run_config(train={"device": "tpu-9"}), make_sae("topk"), batches())
 
 
