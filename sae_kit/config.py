@@ -102,7 +102,8 @@ def structure_fields(cls: type[T], data: object, where: str = "") -> T:
     except ConfigError as error:
         if not where:
             raise
-        raise type(error)(f"{where}: {error}") from error
+        of_a_field = str(error).partition(":")[0] in fields
+        raise type(error)(f"{where}{'.' if of_a_field else ': '}{error}") from error
 
 
 def load_tree(path: Path | str) -> dict[str, Any]:

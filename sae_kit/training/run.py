@@ -111,6 +111,8 @@ def run(
         tokenizer=tokenizer,
         documents=documents,
     )
+    for sae in saes.values():
+        sae.cfg.metadata.extra.setdefault("sae_kit", {})["holdout"] = list(store.holdout)
     held_out = _held_out(cfg, model, tokenizer, documents)  # now, so that too little text is found before training
     sinks: list[Callback] = [Console()] if cfg.log.console else []
     if cfg.log.jsonl:

@@ -78,6 +78,7 @@ def test_the_saved_sae_is_the_trained_one(result: RunResult) -> None:
     assert metadata.context_size == 64
     assert metadata.exclude_special_tokens == [0]
     assert metadata.dataset_path == "demo"
+    assert metadata.extra["sae_kit"]["holdout"] == [0.05]
     assert metadata.l0 == result.evals["sae"]["sparsity"]["l0"]
     assert metadata.training_architecture_details is not None
     assert sae.tokens_seen == 12_288
