@@ -134,13 +134,16 @@ def test_training_from_the_command_line(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_errors_are_one_clear_line(tmp_path: Path) -> None:
+def test_errors_are_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["train", *TRAIN[:4], "--hook", "blocks.2.hook_resid_prey", "--tokens", "8192", "--sae.d_sae", "256"]
-    for _ in range(2):  # a refused run leaves nothing that would stand in its own way
-        done = sae_kit(*words, cwd=tmp_path)
-        assert done.returncode == 2
-        assert done.stderr.splitlines()[-1] == (
-            "error: hook 'blocks.2.hook_resid_prey' is not in this model. Did you mean 'blocks.2.hook_resid_pre'?"
-        )
-        assert "Traceback" not in done.stderr
+    message = "error: hook 'blocks.2.hook_resid_prey' is not in this model. Did you mean 'blocks.2.hook_resid_pre'?"
+    done = sae_kit(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == message
+    assert "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == message, "a refused run leaves nothing in its own way"
     assert main(["train", "nowhere.yaml"]) == 2

@@ -49,7 +49,7 @@ def demo(out: Path, *, seed: int = 0, console: Console | None = None) -> RunResu
     """
     console = console or Console()
     out = out.absolute()
-    _make_room(out)
+    make_room(out)
     tree = {**CONFIG, "out": str(out.parent), "name": out.name, "seed": seed}
     result = run(RunConfig.from_dict(tree))
     metrics = headline(result)
@@ -81,8 +81,12 @@ def headline(result: RunResult) -> dict[str, float | int | None]:
     }
 
 
-def _make_room(out: Path) -> None:
-    """Remove a former demo's run; refuse a folder of anything else."""
+def make_room(out: Path) -> None:
+    """Remove a former demo's run, whatever its version and however far it came, and say so.
+
+    Raises:
+        OutputExistsError: the folder holds anything else. ConfigError: it cannot be read or removed.
+    """
     try:
         if not out.exists() or (out.is_dir() and not any(out.iterdir())):
             return

@@ -2,8 +2,8 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers import DemoRun
@@ -12,7 +12,7 @@ from rich.console import Console
 from sae_kit import SAE, RunConfig
 from sae_kit import config as trees
 from sae_kit.demo import run as demo_module
-from sae_kit.demo.run import CONFIG, demo
+from sae_kit.demo.run import CONFIG, demo, make_room
 from sae_kit.errors import OutputExistsError
 from sae_kit.training.run import RunResult
 
@@ -40,8 +40,9 @@ def test_the_demo_leaves_a_run_folder(demo_run: DemoRun) -> None:
     assert sae.cfg.metadata.hook_name == CONFIG["hook"]
     assert (sae.d_in, sae.d_sae) == (128, 16 * 128)
     rows = [json.loads(line) for line in (demo_run.folder / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 20
-    assert rows[-1]["metrics/explained_variance"] > rows[0]["metrics/explained_variance"]
+    assert len(rows) == 21
+    assert rows[-2]["metrics/explained_variance"] > rows[0]["metrics/explained_variance"]
+    assert rows[-1]["evals/reconstruction_quality/explained_variance"] > 0.85
     assert trees.load_tree(demo_run.folder / "run.yaml")["name"] == "demo"
 
 
@@ -54,56 +55,70 @@ def test_the_demo_shows_ten_latents(demo_run: DemoRun) -> None:
     assert all(lines[i + 1].startswith("  ") and lines[i + 1].strip() for i in headings)
 
 
-@pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+CUT = {"tokens": 20_480, "buffer": {"tokens": 4096}, "eval": {"tokens": 4096, "fidelity_tokens": 2048}}
+
+
+def short_demo(out: Path, seed: int = 0) -> RunResult:
     """The demo with a fiftieth of its tokens."""
-    cut = {"tokens": 20_480, "buffer": {"tokens": 4096}, "eval": {"tokens": 4096, "fidelity_tokens": 2048}}
-    monkeypatch.setattr(demo_module, "CONFIG", {**CONFIG, **cut})
-    monkeypatch.setattr(demo_module, "SHOWN_ROWS", 40)
-    return demo_module.CONFIG
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_module, "CONFIG", {**CONFIG, **CUT})
+        patch.setattr(demo_module, "SHOWN_ROWS", 40)
+        return demo(out, seed=seed, console=Console(quiet=True))
 
 
-def quiet(out: Path, seed: int = 0) -> RunResult:
-    return demo(out, seed=seed, console=Console(quiet=True))
+@pytest.fixture(scope="module")
+def former(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that a demo left."""
+    out = tmp_path_factory.mktemp("former") / "demo"
+    short_demo(out)
+    return out
 
 
-def test_one_seed_gives_the_same_metrics_but_for_speed(short: dict[str, Any], tmp_path: Path) -> None:
-    def metrics(name: str, seed: int) -> dict[str, Any]:
-        quiet(tmp_path / name, seed)
-        found = json.loads((tmp_path / name / "metrics.json").read_text())
-        del found["tokens_per_second"]
-        return found
+def test_one_seed_gives_the_same_metrics_but_for_speed(
+    former: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the current folder, which is empty: that is a place like any other."""
+    monkeypatch.chdir(tmp_path)
+    short_demo(Path("."))
+    first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (former, tmp_path))
+    del first["tokens_per_second"], second["tokens_per_second"]
+    assert first == second
+    assert (tmp_path / "saes" / "sae" / "cfg.json").exists()
 
-    assert metrics("a", 0) == metrics("b", 0) != metrics("c", 1)
 
-
-def test_only_a_former_demo_is_replaced(
-    short: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_former_demo_is_replaced_and_that_is_said(
+    former: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "demo"
-    out.mkdir()  # empty: nothing to lose
-    quiet(out)
-    before = (out / "metrics.json").read_text()
+    shutil.copytree(former, out)
     with caplog.at_level(logging.INFO, "sae_kit"):
-        quiet(out, seed=1)
+        short_demo(out, seed=1)
     assert [r.getMessage() for r in caplog.records if "replacing" in r.getMessage()] == [
         f"replacing the former demo in {out}"
     ]
-    assert (out / "metrics.json").read_text() != before
-    (out / "metrics.json").unlink()
-    (out / "results.json").unlink()
-    quiet(out)  # interrupted before its end
-    tree = trees.load_tree(out / "run.yaml")
+    assert (out / "metrics.json").read_text() != (former / "metrics.json").read_text()
+
+
+def test_a_demo_of_another_version_or_an_interrupted_one_is_replaced(former: Path, tmp_path: Path) -> None:
+    other, interrupted, empty = (tmp_path / name for name in ("other", "interrupted", "empty"))
+    shutil.copytree(former, other)
+    tree = trees.load_tree(other / "run.yaml")
     tree["optim"]["lr"] = 1e-3
-    (out / "run.yaml").write_text(trees.dump_yaml(tree))
-    quiet(out)  # a demo of another version
+    (other / "run.yaml").write_text(trees.dump_yaml(tree))
+    shutil.copytree(former, interrupted)
+    (interrupted / "metrics.json").unlink()
+    (interrupted / "results.json").unlink()
+    empty.mkdir()
+    for folder in (other, interrupted, empty):
+        make_room(folder)
+        assert not folder.exists() or not any(folder.iterdir())
 
 
-def test_anything_else_is_left_alone(short: dict[str, Any], tmp_path: Path) -> None:
+def test_anything_else_is_left_alone(former: Path, tmp_path: Path) -> None:
     def refused(folder: Path) -> None:
         before = sorted(folder.rglob("*")) if folder.is_dir() else None
         with pytest.raises(OutputExistsError, match="is not the run of a demo; nothing was changed"):
-            quiet(folder)
+            short_demo(folder)
         assert before is None or sorted(folder.rglob("*")) == before
 
     other = tmp_path / "other"
@@ -112,21 +127,13 @@ def test_anything_else_is_left_alone(short: dict[str, Any], tmp_path: Path) -> N
     refused(other)
     (tmp_path / "file").write_text("")
     refused(tmp_path / "file")
-    quiet(tmp_path / "mine")
-    (tmp_path / "mine" / "notes.txt").write_text("what I saw")
-    refused(tmp_path / "mine")
-    (tmp_path / "mine" / "notes.txt").unlink()
-    (tmp_path / "mine" / "metrics.json").unlink()  # now it is a finished run of somebody's own
-    refused(tmp_path / "mine")
-
-
-def test_the_current_folder_may_be_the_output(
-    short: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    quiet(Path("."))
-    assert (tmp_path / "saes" / "sae" / "cfg.json").exists()
-    assert (tmp_path / "metrics.json").exists()
+    mine = tmp_path / "mine"
+    shutil.copytree(former, mine)
+    (mine / "notes.txt").write_text("what I saw")
+    refused(mine)
+    (mine / "notes.txt").unlink()
+    (mine / "metrics.json").unlink()  # now it is a finished run of somebody's own
+    refused(mine)
 
 
 def test_the_demo_is_an_ordinary_run() -> None:
