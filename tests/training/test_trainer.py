@@ -258,11 +258,15 @@ def test_unit_decoders_stay_unit(name: str) -> None:
     sae = make_config(name, decoder_norm_constraint="unit").build()
     torch.testing.assert_close(sae.decoder_norms(), torch.ones(sae.d_sae))
 
+    norms: list[Tensor] = []  # compared below: an error raised inside an observer would only switch it off
+
     class Watch(Callback):
         def on_step_end(self, trainer: SAETrainer) -> None:
-            torch.testing.assert_close(sae.decoder_norms(), torch.ones(sae.d_sae), rtol=0, atol=1e-6)
+            norms.append(sae.decoder_norms().detach().clone())
 
     SAETrainer(run_config(), sae, batches(), callbacks=[Watch()]).fit()
+    assert len(norms) == 20
+    torch.testing.assert_close(torch.stack(norms), torch.ones(20, sae.d_sae), rtol=0, atol=1e-6)
 
 
 def test_thresholds_never_become_negative_and_can_leave_zero() -> None:
