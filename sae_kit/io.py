@@ -64,7 +64,10 @@ SAELENS_TRAINING_KEYS = frozenset({
 
 
 def save(sae: SAE, folder: Path) -> Path:
-    """Write `sae` into `folder`, atomically; an SAE that is already there is replaced.
+    """Write `sae` into `folder`.
+
+    A new folder appears whole or not at all. Where there is an SAE already its files are replaced one by one, `cfg.json`
+    last; if that is cut short, reading says that config and weights do not belong together.
 
     Raises:
         SAEKitError: a tensor holds NaN or infinity; nothing is written.
@@ -152,7 +155,9 @@ def _folder_to_write(folder: Path) -> Generator[Path, None, None]:
     try:
         yield new
         written = sorted(new.iterdir(), key=lambda path: (path.name == CONFIG, path.name))
+        readable = (new / CONFIG).stat().st_mode  # as the user's umask has it; safetensors writes for the owner alone
         for path in written:
+            path.chmod(readable)
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
         if not folder.exists():

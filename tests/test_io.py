@@ -128,6 +128,14 @@ def test_a_failed_save_leaves_the_former_sae(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["sae"]
 
 
+def test_all_files_have_the_permissions_that_the_user_gives_to_files(tmp_path: Path) -> None:
+    sae = make_sae("topk")
+    sae.tokens_seen += 5
+    (tmp_path / "plain").touch()
+    modes = {path.stat().st_mode for path in sae.save_model(tmp_path / "sae").iterdir()}
+    assert modes == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_equal_saes_give_equal_bytes(tmp_path: Path) -> None:
     one, two = (make_sae("jumprelu").save_model(tmp_path / name) for name in ("one", "two"))
     for path in one.iterdir():
