@@ -66,8 +66,8 @@ SAELENS_TRAINING_KEYS = frozenset({
 def save(sae: SAE, folder: Path) -> Path:
     """Write `sae` into `folder`.
 
-    A new folder appears whole or not at all. Where there is an SAE already its files are replaced one by one, `cfg.json`
-    last; if that is cut short, reading says that config and weights do not belong together.
+    A new folder appears whole or not at all. Where there is an SAE already its files are replaced one by one,
+    `cfg.json` last; if that is cut short, reading says that config and weights do not belong together.
 
     Raises:
         SAEKitError: a tensor holds NaN or infinity; nothing is written.

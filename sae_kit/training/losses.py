@@ -43,9 +43,8 @@ def training_losses(
     if aux_coefficient and len(dead.candidates):
         aux_k = sae.cfg.aux_k or max(sae.d_in // 2, 1)
         aux = aux_coefficient * auxk_loss(sae, run, error.detach(), dead, aux_k)
-        terms["auxiliary_reconstruction_loss"] = (
-            terms.get("auxiliary_reconstruction_loss", 0.0) + aux
-        )  # gated has its own
+        own = terms.get("auxiliary_reconstruction_loss", 0.0)  # the gated SAE has a term of this name
+        terms["auxiliary_reconstruction_loss"] = own + aux
     return terms
 
 

@@ -1,9 +1,9 @@
 """A run: a config tree becomes a model, a stream, SAEs and a trainer; what they leave is a folder.
 
-runs/NAME/run.yaml            the whole config tree
-          metrics.jsonl       every row of metrics
-          results.json        a row per SAE: its config, the last metrics of training, the held-out evaluation
-          saes/SAE/           the SAE, ready for use
+- `run.yaml`: the whole config tree
+- `metrics.jsonl`: every row of metrics, the evaluation last
+- `results.json`: for each SAE its config, token counts, dead latents and the held-out evaluation
+- `saes/NAME/`: the SAE, ready for use
 """
 
 import dataclasses

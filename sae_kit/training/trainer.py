@@ -46,6 +46,7 @@ class TrainingResult:
     tokens: int
     steps: int
     tokens_per_second: float
+    """of this fit, from its first row asked for to its last step; evaluation left out"""
     metrics: dict[str, float | int]
     """the last row that was logged"""
 
@@ -75,8 +76,6 @@ class SAETrainer:
         self.steps = 0
         self.tokens = 0
         self.total_tokens = cfg.train.tokens // cfg.train.batch_tokens * cfg.train.batch_tokens
-        self.seconds = 0.0
-        self.last_metrics: dict[str, float | int] = {}
         self.callbacks = Callbacks([Console()] if callbacks is None and cfg.log.console else list(callbacks or ()))
         self._batches = batches
         self._schedule = cfg.schedule.build(cfg.train.tokens)
@@ -94,11 +93,12 @@ class SAETrainer:
         Raises:
             DataError: no batch came at all. ShapeError: rows of another width. NonFiniteError: training diverged.
         """
+        last: dict[str, float | int] = {}
+        started = logged = time.perf_counter()  # filling the buffer is part of the work
+        before = tokens_logged = self.tokens
         try:
-            stream = self._with_statistics()
             self.callbacks.call("on_start", self)
-            started = logged = time.perf_counter()
-            tokens_logged = self.tokens
+            stream = self._with_statistics()
             while self.tokens < self.total_tokens:
                 item = next(stream, None)
                 if item is None:
@@ -110,14 +110,13 @@ class SAETrainer:
                     ended
                     or self.tokens // self.cfg.log.every_tokens > (self.tokens - rows) // self.cfg.log.every_tokens
                 ):
-                    metrics = self._metrics()
+                    last = self._metrics()
                     now = time.perf_counter()
-                    metrics["perf/tokens_per_second"] = (self.tokens - tokens_logged) / (now - logged)
+                    last["perf/tokens_per_second"] = (self.tokens - tokens_logged) / (now - logged)
                     logged, tokens_logged = now, self.tokens
-                    self.last_metrics = metrics
-                    self.callbacks.call("on_log", self, metrics)
+                    self.callbacks.call("on_log", self, last)
                 self.callbacks.call("on_step_end", self)
-            self.seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - started
             if self.steps == 0:
                 raise DataError("the stream of activations is empty: expected at least one batch, found none")
             if self._evaluate is not None:
@@ -125,7 +124,7 @@ class SAETrainer:
             self.callbacks.call("on_end", self)
         finally:
             self.callbacks.close()
-        return TrainingResult(self.saes, self.tokens, self.steps, self.tokens / self.seconds, self.last_metrics)
+        return TrainingResult(self.saes, self.tokens, self.steps, (self.tokens - before) / seconds, last)
 
     def step(self, item: Item) -> int:
         """One optimizer step of every SAE on one batch; returns its number of rows."""
