@@ -87,7 +87,14 @@ def parse_train(arguments: Sequence[str]) -> dict[str, Any]:
         UnknownConfigKeyError, ConfigError: see `sae_kit.config`.
         SystemExit: `--help`, or arguments that are not of this form.
     """
-    architecture = _architecture_of(arguments)
+    from sae_kit.training.config import expand_short_names
+
+    words = _words(arguments)
+    files = [word for word in words if "=" not in word]
+    if len(files) > 1:
+        raise ConfigError(f"expected one config file, found {', '.join(files)}; an override has the form FIELD=VALUE")
+    tree = expand_short_names(trees.load_tree(files[0])) if files else {}
+    architecture = _architecture_of(arguments, tree)
     parser = _train_parser(architecture)
     given, rest = parser.parse_known_args(arguments)
     for flag in rest:
@@ -95,13 +102,7 @@ def parse_train(arguments: Sequence[str]) -> dict[str, Any]:
             known = [option[2:] for option in parser._option_string_actions if option.startswith("--")]
             name = flag[2:].split("=")[0]
             raise UnknownConfigKeyError(f"unknown flag --{name}.{did_you_mean(name, known)} See sae-kit train --help")
-    files = [word for word in given.words + rest if "=" not in word]
-    if len(files) > 1:
-        raise ConfigError(f"expected one config file, found {', '.join(files)}; an override has the form FIELD=VALUE")
-    from sae_kit.training.config import expand_short_names
-
-    tree = expand_short_names(trees.load_tree(files[0])) if files else {}
-    overrides = [word.split("=", 1) for word in given.words + rest if "=" in word]
+    overrides = [word.split("=", 1) for word in words if "=" in word]
     flags = [(name, value) for name, value in vars(given).items() if name != "words"]
     spelt: dict[tuple[str, ...], str] = {}
     for name, text in [*overrides, *flags]:
@@ -109,7 +110,7 @@ def parse_train(arguments: Sequence[str]) -> dict[str, Any]:
         if spelt.setdefault(path, name) != name:
             raise ConfigError(f"{spelt[path]} and {name} are the same field: give one of them")
         _override(tree, path, name, text)
-    if "sae" in tree.get("saes", {}):
+    if trees.look_up(tree, ("saes", "sae")) is not None:
         _override(tree, _path("arch"), "arch", architecture)
     return tree
 
@@ -131,15 +132,27 @@ def _override(tree: dict[str, Any], path: tuple[str, ...], name: str, text: str)
     if path == ("data", "sources") and not isinstance(value, list):
         value = [value]
     *parents, last = path
-    for key in parents:
+    for depth, key in enumerate(parents, start=1):
         child = tree.setdefault(key, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"{name}: {key} is {child!r}, not a section with fields")
+            raise ConfigError(f"{name}: {'.'.join(path[:depth])} is {child!r}, not a section with fields")
         tree = child
     tree[last] = value
 
 
-def _architecture_of(arguments: Sequence[str]) -> str:
+def _words(arguments: Sequence[str]) -> list[str]:
+    """The arguments that are neither a flag nor the value of one: a config file, and overrides."""
+    words: list[str] = []
+    after_flag = False
+    for argument in arguments:
+        is_flag = argument.startswith("-")
+        if not is_flag and not after_flag:
+            words.append(argument)
+        after_flag = is_flag and "=" not in argument and argument not in ("-h", "--help")
+    return words
+
+
+def _architecture_of(arguments: Sequence[str], tree: dict[str, Any]) -> str:
     """Which architecture's flags to offer: from --arch, an override or the config file; topk if nothing says."""
     from sae_kit.registry import get_architecture
 
@@ -147,14 +160,7 @@ def _architecture_of(arguments: Sequence[str]) -> str:
         name, _, value = word.removeprefix("--").partition("=")
         if _path(name) == _path("arch") and (value or word.startswith("--")):
             return get_architecture(value or after).name
-    for word in arguments:
-        if not word.startswith("-") and "=" not in word and Path(word).suffix in (".yaml", ".yml", ".json"):
-            from sae_kit.training.config import expand_short_names
-
-            sae = expand_short_names(trees.load_tree(word)).get("saes", {}).get("sae", {}).get("sae", {})
-            if isinstance(sae, dict) and "architecture" in sae:
-                return get_architecture(str(sae["architecture"])).name
-    return "topk"
+    return get_architecture(trees.look_up(tree, _path("arch")) or "topk").name
 
 
 def _train_parser(architecture: str) -> argparse.ArgumentParser:

@@ -78,6 +78,13 @@ def shallow(value: object) -> dict[str, Any]:
     return {f.name: getattr(value, f.name) for f in dataclasses.fields(cast(Any, value))}
 
 
+def look_up(tree: object, path: Sequence[str]) -> Any:
+    """The value at `path` in nested mappings, or None where there is none."""
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
+
+
 def structure_fields(cls: type[T], data: object, where: str = "") -> T:
     """`structure` for one dataclass, without asking its `from_dict`."""
     if not isinstance(data, Mapping):

@@ -66,6 +66,21 @@ def test_flags_beat_overrides_and_overrides_beat_the_file(tmp_path: Path) -> Non
     assert cfg.saes["sae"].sae.to_dict()["k"] == 8
 
 
+def test_a_dataset_may_be_a_json_file() -> None:
+    """The value of a flag is never taken for the config file."""
+    cfg = parse(*TRAIN[:2], "--dataset", "corpus.json", *TRAIN[4:], "--sae.d_sae", "64", "optim.lr=0.5")
+    assert cfg.data.sources[0].path == "corpus.json"
+    assert cfg.optim.lr == 0.5
+
+
+@pytest.mark.parametrize("text", ["saes: 3", "saes: {sae: [1]}", "saes: null", "saes: {sae: {sae: topk, hook: h}}"])
+def test_a_malformed_file_is_a_clear_error(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"tokens: 9000\n{text}\n")
+    with pytest.raises(ConfigError, match="saes"):
+        parse(str(path))
+
+
 def test_values_are_written_as_in_yaml() -> None:
     cfg = parse(
         *TRAIN[:2], *TRAIN[4:], "--sae.d_sae", "512", "--sae.normalize_activations", "none", "--buffer.mix", "none",
@@ -112,7 +127,7 @@ def test_every_architecture_has_its_flags(name: str, capsys: pytest.CaptureFixtu
         (["--out", "[1"], ConfigError, "'[1' is not a value that YAML can read"),
         (["--arch", "topc"], UnknownArchitectureError, "unknown architecture 'topc'. Did you mean 'topk'?"),
         (["--arch", "gated", "--sae.k", "3"], UnknownConfigKeyError, "unknown flag --sae.k"),
-        (["a.yaml", "b.yaml"], ConfigError, "cannot read the config a.yaml"),
+        (["a.yaml", "b.yaml"], ConfigError, "expected one config file, found a.yaml, b.yaml"),
         (["out.x=3", "--sae.d_sae", "64"], ConfigError, "out: expected str, found {'x': 3}"),
     ],
 )

@@ -110,8 +110,7 @@ def _is_demo(folder: Path) -> bool:
         tree = trees.load_tree(folder / "run.yaml")
     except ConfigError:
         return False
-    entries = tree.get("saes", {})
-    return tree.get("model", {}).get("name") == "demo" and [e.get("hook") for e in entries.values()] == [HOOK]
+    return trees.look_up(tree, ("model", "name")) == "demo" and trees.look_up(tree, ("saes", "sae", "hook")) == HOOK
 
 
 def _table_of_metrics(metrics: dict[str, float | int | None], result: RunResult) -> Table:

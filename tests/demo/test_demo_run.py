@@ -127,6 +127,9 @@ def test_anything_else_is_left_alone(former: Path, tmp_path: Path) -> None:
     refused(other)
     (tmp_path / "file").write_text("")
     refused(tmp_path / "file")
+    (other / "thesis.tex").rename(other / "run.yaml")
+    (other / "run.yaml").write_text("model: demo")  # of some other program
+    refused(other)
     mine = tmp_path / "mine"
     shutil.copytree(former, mine)
     (mine / "notes.txt").write_text("what I saw")
