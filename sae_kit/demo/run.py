@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sae_kit import config as trees
-from sae_kit.data.tokens import DataConfig, Source, held_out_rows
-from sae_kit.demo import load_model, load_tokenizer
+from sae_kit.data.capture import load_model
+from sae_kit.data.store import default_context
+from sae_kit.data.tokens import held_out_rows
 from sae_kit.demo.show import activations, choose_latents, describe, render
 from sae_kit.errors import ConfigError, OutputExistsError
 from sae_kit.training.config import RunConfig
@@ -23,7 +24,6 @@ log = logging.getLogger(__name__)
 
 HOOK = "blocks.2.hook_resid_pre"
 METRICS = "metrics.json"
-CONTEXT = 256
 SHOWN_ROWS, SHOWN_LATENTS = 400, 10
 CONFIG = {
     "model": "demo",
@@ -51,15 +51,14 @@ def demo(out: Path, *, seed: int = 0, console: Console | None = None) -> RunResu
     out = out.absolute()
     make_room(out)
     tree = {**CONFIG, "out": str(out.parent), "name": out.name, "seed": seed}
-    result = run(RunConfig.from_dict(tree))
+    cfg = RunConfig.from_dict(tree)
+    model, tokenizer = load_model(cfg.model)
+    result = run(cfg, model=model, tokenizer=tokenizer)
     metrics = headline(result)
     write_json(out / METRICS, metrics)
     console.print(_table_of_metrics(metrics, result))
-    model, tokenizer = load_model(), load_tokenizer()
-    data = DataConfig(sources=(Source(path="demo"),), context_size=CONTEXT)
-    found = activations(
-        result.saes["sae"], model, held_out_rows(data, tokenizer, SHOWN_ROWS, context_size=CONTEXT, seed=seed)
-    )
+    rows = held_out_rows(cfg.data, tokenizer, SHOWN_ROWS, context_size=default_context(model), seed=seed)
+    found = activations(result.saes["sae"], model, rows)
     console.print()
     console.print("Ten latents and where they are strongest in held-out modules:", style="bold")
     latents = [describe(found, index) for index in choose_latents(found, SHOWN_LATENTS)]

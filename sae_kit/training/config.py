@@ -6,6 +6,7 @@ tree and the sections of the trainer itself.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from sae_kit import config as trees
@@ -144,11 +145,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for where, name in [("name", self.name), *(("saes", name) for name in self.saes)]:
-            plain = name is None or (name and all(c.isalnum() or c in "._-" for c in name) and name[0] != ".")
-            if not plain:
-                raise ConfigError(
-                    f"{where}: {name!r} cannot be the name of a folder; use letters, digits, '.', '_' and '-'"
-                )
+            if name is not None and (not name or Path(name).name != name or name == ".." or "\\" in name):
+                raise ConfigError(f"{where}: {name!r} cannot be the name of one folder, which it is to become")
         self.schedule.build(self.train.tokens)
 
     @classmethod

@@ -179,7 +179,7 @@ def test_wandb_keeps_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ({"dataset": []}, DataError, ""),
         ({"optim": {"lrr": 1}}, ConfigError, "unknown key 'optim.lrr' in OptimConfig. Did you mean 'lr'?"),
         ({"train": {"batch_tokens": 512, "device": "cuda:7"}}, ConfigError, "cuda"),
-        ({"name": "../up"}, ConfigError, "name: '../up' cannot be the name of a folder"),
+        ({"name": "../up"}, ConfigError, "name: '../up' cannot be the name of one folder"),
         ({"model": "nowhere/nothing"}, ConfigError, "cannot read model 'nowhere/nothing'"),
     ],
 )
@@ -242,6 +242,16 @@ def test_impossible_trees(tree: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         RunConfig.from_dict(tree)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a\\b"])
+def test_names_that_are_no_folder(name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be the name of one folder"):
+        RunConfig.from_dict({"tokens": 9000, "name": name})
+
+
+def test_a_name_may_hold_spaces_and_any_letters() -> None:
+    assert RunConfig.from_dict({"tokens": 9000, "name": "zweiter Versuch, größer"}).name == "zweiter Versuch, größer"
 
 
 def test_a_run_needs_an_sae(tmp_path: Path) -> None:
