@@ -9,44 +9,40 @@ from typing import TYPE_CHECKING, Any
 from sae_kit._version import __version__
 
 if TYPE_CHECKING:
-    from sae_kit.architectures import (
-        GatedSAE,
-        GatedSAEConfig,
-        JumpReLUSAE,
-        JumpReLUSAEConfig,
-        StandardSAE,
-        StandardSAEConfig,
-        TopKSAE,
-        TopKSAEConfig,
-    )
+    from sae_kit.architectures.abstopk import AbsTopKSAE, AbsTopKSAEConfig
+    from sae_kit.architectures.batchtopk import BatchTopKSAE, BatchTopKSAEConfig
+    from sae_kit.architectures.gated import GatedSAE, GatedSAEConfig
+    from sae_kit.architectures.jumprelu import JumpReLUSAE, JumpReLUSAEConfig
+    from sae_kit.architectures.matryoshka import MatryoshkaBatchTopKSAE, MatryoshkaBatchTopKSAEConfig
+    from sae_kit.architectures.standard import StandardSAE, StandardSAEConfig
+    from sae_kit.architectures.topk import TopKSAE, TopKSAEConfig
     from sae_kit.data.batch import Batch
     from sae_kit.data.store import ActivationsStore
     from sae_kit.hooked import HookedSAETransformer, SAETransformerBridge, attached
     from sae_kit.metadata import SAEMetadata
     from sae_kit.ops import SparseCodes
     from sae_kit.registry import list_architectures, register
-    from sae_kit.sae import SAE, SAEConfig
+    from sae_kit.sae import SAE
+    from sae_kit.sae_config import SAEConfig
     from sae_kit.training.run import RunConfig, train
     from sae_kit.training.trainer import SAETrainer
 
 _HOMES = {
-    "sae_kit.architectures": (
-        "GatedSAE",
-        "GatedSAEConfig",
-        "JumpReLUSAE",
-        "JumpReLUSAEConfig",
-        "StandardSAE",
-        "StandardSAEConfig",
-        "TopKSAE",
-        "TopKSAEConfig",
-    ),
+    "sae_kit.architectures.abstopk": ("AbsTopKSAE", "AbsTopKSAEConfig"),
+    "sae_kit.architectures.batchtopk": ("BatchTopKSAE", "BatchTopKSAEConfig"),
+    "sae_kit.architectures.gated": ("GatedSAE", "GatedSAEConfig"),
+    "sae_kit.architectures.jumprelu": ("JumpReLUSAE", "JumpReLUSAEConfig"),
+    "sae_kit.architectures.matryoshka": ("MatryoshkaBatchTopKSAE", "MatryoshkaBatchTopKSAEConfig"),
+    "sae_kit.architectures.standard": ("StandardSAE", "StandardSAEConfig"),
+    "sae_kit.architectures.topk": ("TopKSAE", "TopKSAEConfig"),
     "sae_kit.data.batch": ("Batch",),
     "sae_kit.data.store": ("ActivationsStore",),
     "sae_kit.hooked": ("HookedSAETransformer", "SAETransformerBridge", "attached"),
     "sae_kit.metadata": ("SAEMetadata",),
     "sae_kit.ops": ("SparseCodes",),
     "sae_kit.registry": ("list_architectures", "register"),
-    "sae_kit.sae": ("SAE", "SAEConfig"),
+    "sae_kit.sae": ("SAE",),
+    "sae_kit.sae_config": ("SAEConfig",),
     "sae_kit.training.run": ("RunConfig", "train"),
     "sae_kit.training.trainer": ("SAETrainer",),
 }
@@ -54,13 +50,19 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "SAE",
+    "AbsTopKSAE",
+    "AbsTopKSAEConfig",
     "ActivationsStore",
     "Batch",
+    "BatchTopKSAE",
+    "BatchTopKSAEConfig",
     "GatedSAE",
     "GatedSAEConfig",
     "HookedSAETransformer",
     "JumpReLUSAE",
     "JumpReLUSAEConfig",
+    "MatryoshkaBatchTopKSAE",
+    "MatryoshkaBatchTopKSAEConfig",
     "RunConfig",
     "SAEConfig",
     "SAEMetadata",

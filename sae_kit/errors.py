@@ -5,6 +5,7 @@
     │   ├── UnknownConfigKeyError           a key that the config does not have
     │   └── UnknownArchitectureError        a name that is not in the registry
     ├── ShapeError (ValueError)             activations of the wrong width or layout
+    ├── MissingContextError (ValueError)    codes alone where decoding needs their rows as well
     ├── HookNotFoundError (KeyError)        a name that is not a place in this model
     ├── SiteDidNotFireError (RuntimeError)  a place that the forward pass never reached
     ├── DataError (ValueError)              text or tokens that cannot be trained on
@@ -46,6 +47,10 @@ class UnknownArchitectureError(ConfigError):
 
 class ShapeError(SAEKitError, ValueError):
     """Activations of the wrong width or layout."""
+
+
+class MissingContextError(SAEKitError, ValueError):
+    """Codes alone where decoding needs to know the rows that they came from."""
 
 
 class HookNotFoundError(SAEKitError, KeyError):

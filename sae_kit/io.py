@@ -10,6 +10,7 @@ Files are data: JSON and safetensors, checked against each other before a tensor
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -38,14 +39,19 @@ from sae_kit.errors import (
     did_you_mean,
 )
 from sae_kit.metadata import SAE_LENS_COMPATIBILITY, SAEMetadata
-from sae_kit.registry import get_architecture
-from sae_kit.sae import SAE, SAEConfig
+from sae_kit.normalization import ESTIMATED
+from sae_kit.registry import get_architecture, list_architectures
+from sae_kit.sae import SAE
+from sae_kit.sae_config import SAEConfig
 
 FORMAT = 1
 CONFIG, WEIGHTS, SPARSITY, EXTRAS = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "sae_kit.safetensors"
 LARGEST_CONFIG = 16 * 2**20  # bytes
 STAMP = ("format", "version", "created", "geometry", "pair")
 COUNTERS = ("firing_count", "tokens_since_fired", "tokens_seen")
+GEOMETRY_FIELDS = ("in_shape", "out_shape", "skip", "cross_layer", "crosscoder_norm")
+SAELENS_TRANSCODERS = frozenset({"transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"})
+"""Names of transcoders that SAELens reads as we do: widths in d_in and d_out instead of the fields of a geometry."""
 SHARED_FIELDS = (
     "d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations", "reshape_activations",
     "metadata",
@@ -95,25 +101,65 @@ def _forward_tensors(sae: SAE) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in sae.state_dict().items() if name not in COUNTERS}
 
 
-def _is_training_form(cfg: SAEConfig) -> bool:
-    return (cfg.normalize_activations or "none") == "expected_average_only_in"
+def file_name(architecture: str, kind: str, centred: bool = False, groups: bool = False) -> str:
+    """What `cfg.json` calls an architecture in a geometry.
+
+    A name that SAELens knows stands only for what SAELens computes from the file as well: a TopK transcoder called
+    "topk" would be read there as an SAE.
+    """
+    name = f"{architecture}_groupmax" if groups else architecture
+    if kind == "sae":
+        return name
+    if kind in ("transcoder", "skip_transcoder"):
+        kind = f"centred_{kind}" if centred else kind
+        return kind if name == "standard" else f"{name}_{kind}"
+    return f"{name}_{kind}"
+
+
+def _file_name_of(cfg: SAEConfig) -> str:
+    groups = getattr(cfg, "selection", "topk") == "groupmax"
+    return file_name(cfg.architecture, cfg.geometry().kind, cfg.subtracts_b_dec, groups)
+
+
+def _parse_name(name: object) -> tuple[str, str, bool, bool]:
+    """Architecture, geometry, centred and groupmax of a name; the inverse of `file_name`."""
+    for architecture, found in list_architectures().items():
+        for kind in found.sae.geometries:
+            for centred, groups in itertools.product((False, True), repeat=2):
+                if file_name(architecture, kind, centred, groups) == name:
+                    return architecture, kind, centred, groups
+    return get_architecture(name).name, "sae", False, False  # type: ignore[arg-type]
+
+
+def _is_training_form(sae: SAE) -> bool:
+    return sae.norm_in.mode in ESTIMATED or sae.selects_over_batch
 
 
 def _config_to_file(sae: SAE, pair: str) -> dict[str, Any]:
-    cfg = sae.cfg if _is_training_form(sae.cfg) else sae.cfg.for_inference()
+    training = _is_training_form(sae)
+    cfg = sae.cfg if training else sae.cfg.for_inference()
     training_only = {f.name for f in dataclasses.fields(cfg) if f.metadata.get("training_only")}
     values = trees.fields_to_dict(cfg)
-    own = [name for name in values if name not in SHARED_FIELDS and name not in training_only]
-    names = [*SHARED_FIELDS, *own, *(sorted(training_only) if _is_training_form(cfg) else ())]
+    disk_name, kind = _file_name_of(cfg), sae.geometry.kind
+    shape: list[str] = []
+    if disk_name in SAELENS_TRANSCODERS:
+        values["d_out"], shape = sae.d_out, ["d_out"]
+    elif kind != "sae":
+        shape = list(GEOMETRY_FIELDS)
+    values["d_in"] = sae.d_in
+    left_out = {*SHARED_FIELDS, *GEOMETRY_FIELDS, *training_only, "selection", *(() if kind == "clt" else ("k_scope",))}
+    own = [name for name in values if name not in left_out and name != "d_out"]
+    names = [*SHARED_FIELDS, *own, *shape, *(sorted(training_only) if training else ())]
     metadata = cfg.metadata
+    reads, writes = metadata.sites
     stamp = {
         "format": FORMAT,
         "version": __version__,
         "created": datetime.now(UTC).date().isoformat(),
         "geometry": {
-            **_plain_geometry(cfg),
-            "hook_names": [metadata.hook_name] if metadata.hook_name else [],
-            "hook_names_out": [metadata.hook_name_out] if metadata.hook_name_out else [],
+            **_geometry_to_file(cfg),
+            "hook_names": list(reads),
+            "hook_names_out": list(writes) if writes != reads else [],
         },
         "pair": pair,
     }
@@ -128,11 +174,18 @@ def _config_to_file(sae: SAE, pair: str) -> dict[str, Any]:
             "sae_kit": {**metadata.extra.get("sae_kit", {}), **stamp},
         },
     }
-    return {"architecture": cfg.architecture, **{name: values[name] for name in names}}
+    return {"architecture": disk_name, **{name: values[name] for name in names}}
 
 
-def _plain_geometry(cfg: SAEConfig) -> dict[str, Any]:
-    return {"in_shape": [cfg.d_in], "out_shape": None, "skip": False, "cross_layer": False}
+def _geometry_to_file(cfg: SAEConfig) -> dict[str, Any]:
+    geometry = cfg.geometry()
+    written = None if cfg.out_shape is None else list(geometry.out_shape)
+    return {
+        "in_shape": list(geometry.in_shape),
+        "out_shape": written,
+        "skip": geometry.skip,
+        "cross_layer": geometry.cross_layer,
+    }
 
 
 def _hash(tensors: Mapping[str, Tensor]) -> str:
@@ -260,7 +313,8 @@ def _config_from_file(data: dict[str, Any], path: Path, strict: bool) -> tuple[S
     stamp, kept = _split_stamp(ours, path)
     if kept:
         found.extra["sae_kit"] = kept
-    cls = get_architecture(data["architecture"]).config
+    architecture, kind, centred, groups = _parse_name(data["architecture"])
+    cls = get_architecture(architecture).config
     names = {f.name for f in dataclasses.fields(cls)}
     fields = {key: value for key, value in data.items() if key not in ("architecture", "metadata")}
     missing = [name for name in ("d_in", "d_sae", "dtype") if name not in fields]
@@ -269,6 +323,12 @@ def _config_from_file(data: dict[str, Any], path: Path, strict: bool) -> tuple[S
     fields["dtype"] = str(fields["dtype"]).removeprefix("torch.")
     fields["device"] = "cpu"
     fields |= {key: value for key, value in DEFAULTS_WHEN_ABSENT.items() if key in names and key not in fields}
+    if "transcoder" in kind:
+        fields |= {"apply_b_dec_to_input": fields.get("apply_b_dec_to_input", centred)}
+        if data["architecture"] in SAELENS_TRANSCODERS:
+            fields |= {"out_shape": [fields.pop("d_out", fields["d_in"])], "skip": kind == "skip_transcoder"}
+    if groups:
+        fields["selection"] = "groupmax"
     if ours is None:
         training = {key: fields.pop(key) for key in list(fields) if key in SAELENS_TRAINING_KEYS}
         found.training_architecture_details = found.training_architecture_details or training or None
@@ -287,6 +347,11 @@ def _config_from_file(data: dict[str, Any], path: Path, strict: bool) -> tuple[S
         cfg = trees.structure_fields(cls, {**fields, "metadata": found})
     except ConfigError as error:
         raise type(error)(f"{path}: {error}") from error
+    if _file_name_of(cfg) != data["architecture"]:
+        raise CorruptFileError(
+            f"{path}: architecture {data['architecture']!r} contradicts its fields, which are those of "
+            f"{_file_name_of(cfg)!r}"
+        )
     _check_geometry(stamp.get("geometry"), cfg, path)
     return cfg, stamp
 
@@ -306,7 +371,7 @@ def _split_stamp(ours: object, path: Path) -> tuple[dict[str, Any], dict[str, An
 
 def _check_geometry(geometry: object, cfg: SAEConfig, path: Path) -> None:
     if isinstance(geometry, dict):
-        wrong = [key for key, value in _plain_geometry(cfg).items() if geometry.get(key, value) != value]
+        wrong = [key for key, value in _geometry_to_file(cfg).items() if geometry.get(key, value) != value]
         if wrong:
             raise CorruptFileError(
                 f"{path}: metadata.sae_kit.geometry contradicts architecture {cfg.architecture!r} in {', '.join(wrong)}"
@@ -315,7 +380,7 @@ def _check_geometry(geometry: object, cfg: SAEConfig, path: Path) -> None:
 
 def _with_known_scale(cfg: SAEConfig, header: Mapping[str, object], folder: Path) -> SAEConfig:
     """`expected_average_only_in` without the scale is the file of another library, which leaves it to the caller."""
-    if not _is_training_form(cfg) or "norm_in.scale" in header:
+    if cfg.normalize_activations != "expected_average_only_in" or "norm_in.scale" in header:
         return cfg
     warnings.warn(
         f"{folder}: trained on activations times a factor that the file does not hold; raw activations are used as "

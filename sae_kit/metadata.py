@@ -10,6 +10,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from sae_kit.errors import ConfigError
+
 SAE_LENS_COMPATIBILITY = "6.0.0"
 """Version of SAELens whose file layout we promise; readers there treat a file without it as pre-6."""
 
@@ -59,11 +61,17 @@ class SAEMetadata:
     extra: dict[str, Any] = field(default_factory=dict)
     """everything else, kept verbatim"""
 
+    @property
+    def sites(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Sites that are read, and sites that are written; none where nobody said."""
+        ours = self.extra.get("sae_kit", {})
+        read = ours.get("hook_names") or ([self.hook_name] if self.hook_name else [])
+        written = ours.get("hook_names_out") or ([self.hook_name_out] if self.hook_name_out else read)
+        return tuple(read), tuple(written)
+
     @classmethod
     def from_file(cls, data: object, where: str) -> SAEMetadata:
         """The metadata of a `cfg.json`, which others may have written: unknown names are kept in `extra`."""
-        from sae_kit.errors import ConfigError
-
         if not isinstance(data, dict):
             raise ConfigError(f"{where}: expected a mapping, found {data!r}")
         names = {f.name for f in dataclasses.fields(cls)} - {"extra"}

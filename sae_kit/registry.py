@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from sae_kit.errors import UnknownArchitectureError, did_you_mean
 
 if TYPE_CHECKING:
-    from sae_kit.sae import SAE, SAEConfig
+    from sae_kit.sae import SAE
+    from sae_kit.sae_config import SAEConfig
 
 S = TypeVar("S", bound="type[SAE]")
 

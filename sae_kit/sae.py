@@ -1,178 +1,109 @@
-"""The base of all architectures: what an SAE is, whatever switches its latents on.
+"""The base of all architectures: what an SAE is, whatever switches its latents on and whatever it reads and writes.
 
-One pass (notation of the docs: u raw, x normalised, h pre-activation, c code):
+One pass (notation of the docs: u raw, x and y normalised, h pre-activation, c code, v̂ the output):
 
-    x = N(u)        h = (x − a·b_dec) W_enc + b_enc        c = f(h)        û = N⁻¹(c W_dec + b_dec)
+    x = N_in(u)        h = (x − a·b_dec) W_enc + b_enc        c = f(h)        v̂ = N_out⁻¹(c W_dec + b_dec [+ x W_skipᵀ])
 
-An architecture file supplies f (`encoding`) and its sparsity loss (`sparsity_losses`); everything else is here:
-shapes, dtypes, normalisation, hook points, the error term, folds. The same class trains and is used.
+An architecture file supplies f (`encoding`) and its sparsity loss (`sparsity_losses`); `geometry.py` says how weights
+connect sites and latents; everything else is here: dtypes, normalisation, hook points, the error term. The same class
+trains and is used.
 """
 
 import copy
 import dataclasses
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae_kit import config as trees
-from sae_kit.config import Tokens
-from sae_kit.errors import ConfigError, ShapeError
+from sae_kit import folding
+from sae_kit.errors import ConfigError, MissingContextError, ShapeError
 from sae_kit.hooks import HookPoint
-from sae_kit.metadata import SAEMetadata
-from sae_kit.normalization import Normalization, NormalizationMode
-from sae_kit.ops import Codes, SparseCodes, decode, to_dense, widen
-from sae_kit.registry import get_architecture
+from sae_kit.normalization import PER_ROW, Affine, Normalization
+from sae_kit.ops import Codes, SparseCodes, to_dense, widen
+from sae_kit.sae_config import DTYPES, SAEConfig
 from sae_kit.seeding import generator
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 LATENTS_PER_BLOCK = 1_024  # initial weights are drawn per block, so that they do not depend on how latents are sharded
-SMALLEST_NORM = 1e-8
-
-
-def training_only(default: Any) -> Any:
-    """A config field that shapes training alone: files for inference keep it in their metadata instead."""
-    return field(default=default, metadata={"training_only": True})
-
-
-class Coefficient(NamedTuple):
-    """Weight of one loss term, reached linearly over the first tokens of a run."""
-
-    value: float
-    warm_up: Tokens
+STATISTICS = tuple(f"norm_{side}.{name}" for side in ("in", "out") for name in ("scale", "mean", "matrix", "inverse"))
 
 
 class Encoding(NamedTuple):
-    """What one pass of the encoder leaves for the decoder and the losses."""
+    """What one pass of the encoder leaves for the decoder and the losses; all latents lie on the last axis."""
 
     codes: Codes
     """what the decoder multiplies; with `rescale_acts_by_decoder_norm` this is c / n, not yet the user's c"""
-    pre: Float[Tensor, "... d_sae"]
-    """pre-activations that the sparsity loss reads"""
+    pre: Float[Tensor, "... n_latents"] | None
+    """pre-activations that the sparsity loss reads; None where there are none (matching pursuit)"""
+    extra: Float[Tensor, "..."] | None = None
+    """output beside the latents: the skip connection, the prediction of a temporal SAE"""
+    details: Mapping[str, Float[Tensor, ""]] = {}
+    """numbers about this pass for the logs"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SAEConfig(ABC):
-    """Fields of every architecture. `d_in` may be left to the hook of a run; all but `d_sae` have a default."""
+class AuxiliaryTask(NamedTuple):
+    """What some dead latents are asked to explain (AuxK)."""
 
-    architecture: ClassVar[str] = ""
+    weight: float
+    layer: int
+    """block of the latents"""
+    latents: Int[Tensor, " latents"]
+    """their numbers within the block"""
+    residual: Float[Tensor, "rows _"]
+    """what the living ones miss of all that the block writes, without gradient"""
 
-    d_in: int | None = None
-    """width of the activations; None = the hook's"""
-    d_sae: int
-    """number of latents"""
-    dtype: Literal["float32", "float64", "float16", "bfloat16"] = "float32"
-    """dtype of the parameters"""
-    device: str = "cpu"
-    """where the SAE is built"""
-    apply_b_dec_to_input: bool = True
-    """subtract b_dec from the input of the encoder"""
-    normalize_activations: NormalizationMode | None = None
-    """scale of the activations; None = expected_average_only_in in a run, none elsewhere"""
-    reshape_activations: Literal["none", "hook_z"] = "none"
-    """hook_z: inputs are [..., heads, d_head] with heads · d_head = d_in"""
-    decoder_init_norm: float | None = training_only(0.1)
-    """norm of the decoder rows at the start; None = as drawn"""
-    decoder_norm_constraint: Literal["free", "unit"] = training_only("free")
-    """unit: decoder rows keep norm 1 throughout training"""
-    aux_coefficient: float = training_only(0.0)
-    """weight of AuxK, the loss in which dead latents explain what the living ones miss; 0 = off"""
-    aux_k: int | None = training_only(None)
-    """dead latents that AuxK lets speak in each row; None = d_in // 2"""
-    dead_after_tokens: Tokens | None = training_only(None)
-    """a latent silent for so many tokens is dead; None = the smaller of 10M and a tenth of the run"""
-    metadata: SAEMetadata = field(default_factory=SAEMetadata)
-    """where the SAE comes from"""
 
-    def __post_init__(self) -> None:
-        for name in ("d_in", "d_sae"):
-            size = getattr(self, name)
-            if size is not None and size < 1:
-                raise ConfigError(f"{name} must be at least 1, found {size}")
-        if self.decoder_init_norm is not None and self.decoder_init_norm <= 0:
-            raise ConfigError(f"decoder_init_norm must be positive or None, found {self.decoder_init_norm}")
-        if self.aux_k is not None and self.aux_k < 1:
-            raise ConfigError(f"aux_k must be at least 1, found {self.aux_k}")
-        if not self.aux_coefficient >= 0:
-            raise ConfigError(f"aux_coefficient must be at least 0, found {self.aux_coefficient}")
-        for name, coefficient in self.coefficients().items():
-            if not coefficient.value >= 0:
-                raise ConfigError(f"{name}_coefficient must be at least 0, found {coefficient.value}")
-            trees.resolve_tokens(coefficient.warm_up, 1, f"{name}_warm_up_tokens")
-        if self.dead_after_tokens is not None:
-            trees.resolve_tokens(self.dead_after_tokens, 1, "dead_after_tokens")
+class RowContext(NamedTuple):
+    """What decoding needs to know of the rows that were encoded, where it needs anything."""
 
-    def coefficients(self) -> dict[str, Coefficient]:
-        """Weights of the architecture's own loss terms, by name."""
-        return {}
-
-    def build(self, seed: int = 0) -> "SAE":
-        """A freshly initialised SAE of this architecture."""
-        return get_architecture(self.architecture).sae(self, seed=seed)
-
-    def for_inference(self) -> "SAEConfig":
-        """The same config; fields that only shape training move to `metadata.training_architecture_details`."""
-        fields = [f for f in dataclasses.fields(self) if f.metadata.get("training_only")]
-        metadata = copy.deepcopy(self.metadata)
-        metadata.training_architecture = metadata.training_architecture or self.architecture
-        details = {f.name: getattr(self, f.name) for f in fields}
-        if metadata.training_architecture_details is None or any(details[f.name] != f.default for f in fields):
-            metadata.training_architecture_details = details
-        return dataclasses.replace(self, **{f.name: f.default for f in fields}, metadata=metadata)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data with the architecture's name first."""
-        return {"architecture": self.architecture, **trees.fields_to_dict(self)}
-
-    @classmethod
-    def from_dict(cls, data: object, where: str = "") -> "SAEConfig":
-        """The config of the architecture that `data["architecture"]` names; a final class needs no name.
-
-        Raises:
-            UnknownArchitectureError, UnknownConfigKeyError, ConfigError: with the path `where` in the message.
-        """
-        if not isinstance(data, Mapping):
-            raise ConfigError(f"{where or 'sae'}: expected the fields of an SAE config, found {data!r}")
-        fields = dict(data)
-        name = fields.pop("architecture", cls.architecture)
-        if not name:
-            raise ConfigError(f"{where or 'sae'}: an SAE config needs its architecture, e.g. architecture: topk")
-        found = get_architecture(name).config
-        if not issubclass(found, cls):
-            raise ConfigError(f"{where or 'sae'}: expected architecture {cls.architecture!r}, found {name!r}")
-        return trees.structure_fields(found, fields, where)
+    scale: Float[Tensor, "..."] | None = None
+    """per-row normalisation: factor on the output"""
+    shift: Float[Tensor, "..."] | None = None
+    """per-row normalisation: added after it"""
+    extra: Float[Tensor, "..."] | None = None
+    """output beside the latents, in training space"""
+    heads: tuple[int, int] | None = None
+    """axes into which the output is split"""
 
 
 class SAE(nn.Module, ABC):
     """A sparse autoencoder: activations in, sparse codes and a reconstruction out. Trained and used by the same class.
 
-    Parameters have the public shapes W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in]. Counters of
-    training (`tokens_since_fired`, `firing_count`, `tokens_seen`) are buffers and travel with it.
+    Parameters have the public shapes W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out]; with
+    several sites W_enc [sites, d_in, d_sae], W_dec [d_sae, sites, d_out], b_dec [sites, d_out]; a cross-layer
+    transcoder has W_enc [layers, d_in, d_sae], b_enc [layers, d_sae] and decoders W_dec[l] [d_sae, layers − l, d_out].
+    Per-latent parameters have `latent_shape`. Counters of training (`tokens_since_fired`, `firing_count`,
+    `tokens_seen`) are buffers over all latents.
     """
 
     config_class: ClassVar[type[SAEConfig]]
-    exact_dtype_tensors: ClassVar[frozenset[str]] = frozenset({"norm_in.scale"})
+    exact_dtype_tensors: ClassVar[frozenset[str]] = frozenset(STATISTICS)
     """names of tensors that stay in float32 or wider whatever the dtype of the SAE"""
     threshold_names: ClassVar[frozenset[str]] = frozenset()
     """parameters whose gradient is a kernel estimate: an optimizer group of their own, outside the gradient norm"""
     norm_fold_is_exact: ClassVar[bool] = True
     """whether f works latent by latent, so that scaling one latent cannot change which others are on"""
+    trainable: ClassVar[bool] = True
+    """whether there is a way to train it; the others are loaded and used"""
+    selects_over_batch: ClassVar[bool] = False
+    """whether training follows a rule that needs a batch, so that `to_inference` gives another architecture"""
+    geometries: ClassVar[frozenset[str]] = frozenset(
+        {"sae", "skip", "transcoder", "skip_transcoder", "crosscoder", "clt"}
+    )
+    """kinds of geometry that the architecture makes sense with"""
 
-    W_dec: Float[Tensor, "d_sae d_in"]
-    b_dec: Float[Tensor, " d_in"]
-    W_enc: Float[Tensor, "d_in d_sae"]
-    b_enc: Float[Tensor, " d_sae"]
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    W_skip: Tensor
     tokens_since_fired: Tensor
     firing_count: Tensor
     tokens_seen: Tensor
@@ -181,20 +112,36 @@ class SAE(nn.Module, ABC):
         super().__init__()
         if not isinstance(cfg, self.config_class):
             raise ConfigError(f"{type(self).__name__} needs a {self.config_class.__name__}, found {type(cfg).__name__}")
-        if cfg.d_in is None:
+        self.geometry = cfg.geometry()
+        if self.geometry.kind not in self.geometries:
             raise ConfigError(
-                f"{type(cfg).__name__}.d_in is not set; outside a run nothing else can say how wide the input is"
+                f"{cfg.architecture} has no {self.geometry.kind} form; it can be: {', '.join(sorted(self.geometries))}"
             )
-        self.cfg = dataclasses.replace(cfg, metadata=copy.deepcopy(cfg.metadata))  # folds write into it
-        self.d_in, self.d_sae = cfg.d_in, cfg.d_sae
+        # A copy, because folds write into the metadata.
+        self.cfg = dataclasses.replace(
+            cfg, apply_b_dec_to_input=cfg.subtracts_b_dec, metadata=copy.deepcopy(cfg.metadata)
+        )
+        self.d_sae, self.d_in, self.d_out = cfg.d_sae, self.geometry.in_shape[-1], self.geometry.out_shape[-1]
         self.use_error_term = False
+        self.seed = seed
+        """root of the draws that training makes for this SAE"""
         wide = _exact_dtype(DTYPES[cfg.dtype])
-        self.norm_in = Normalization(cfg.normalize_activations or "none", self.d_in, wide)
+        mode = cfg.normalize_activations or "none"
+        self.norm_in = Normalization(mode, self.geometry.in_shape, wide, cfg.norm_statistic)
+        if not self.geometry.same_site:
+            self.norm_out = Normalization(mode, self.geometry.out_shape, wide, cfg.norm_statistic)
         for name, shape in self.parameter_shapes().items():
             dtype = wide if name in self.exact_dtype_tensors else DTYPES[cfg.dtype]
-            self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=dtype)))
-        self.register_buffer("tokens_since_fired", torch.zeros(self.d_sae, dtype=torch.int64))
-        self.register_buffer("firing_count", torch.zeros(self.d_sae, dtype=torch.int64))
+            parameter = nn.Parameter(torch.zeros(shape, dtype=dtype))
+            owner, _, index = name.partition(".")
+            if not index:
+                self.register_parameter(name, parameter)
+            elif owner in self._modules:
+                self.get_submodule(owner).append(parameter)  # pyright: ignore[reportCallIssue]
+            else:
+                self.register_module(owner, nn.ParameterList([parameter]))
+        self.register_buffer("tokens_since_fired", torch.zeros(self.geometry.n_latents, dtype=torch.int64))
+        self.register_buffer("firing_count", torch.zeros(self.geometry.n_latents, dtype=torch.int64))
         self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.int64))
         self.hook_sae_input = HookPoint()
         self.hook_sae_acts_pre = HookPoint()
@@ -202,167 +149,350 @@ class SAE(nn.Module, ABC):
         self.hook_sae_output = HookPoint()
         self.hook_sae_recons = HookPoint()
         self.hook_sae_error = HookPoint()
-        if not self.W_dec.is_meta:
+        if not self.b_dec.is_meta:
             self.initialize(seed)
             self.to(cfg.device)
 
     # ---- what an architecture defines ------------------------------------------------------------------------------
 
     @abstractmethod
-    def encoding(self, x: Float[Tensor, "... d_in"], on_pre: Callable[[Tensor], Tensor] | None = None) -> Encoding:
-        """Codes of normalised rows; `on_pre` sees, and may replace, the pre-activations."""
+    def encoding(self, x: Float[Tensor, "..."], on_pre: Callable[[Tensor], Tensor] | None = None) -> Encoding:
+        """Codes of normalised rows [..., *in_shape]; `on_pre` sees, and may replace, the pre-activations."""
+
+    def training_encoding(self, x: Float[Tensor, "rows ..."], values: Mapping[str, float]) -> Encoding:
+        """The same in training, where a rule may look at the whole batch, or follow a schedule in `values`."""
+        return self.encoding(x)
+
+    def reconstruction_loss(
+        self, encoding: Encoding, y: Float[Tensor, "rows ..."], y_hat: Float[Tensor, "rows ..."]
+    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        """E_b ‖ŷ − y‖², summed over all that is written, and parts of it to be logged."""
+        return squared_error(y_hat, y), {}
 
     def sparsity_losses(
-        self,
-        encoding: Encoding,
-        y: Float[Tensor, "batch d_out"],
-        coefficients: Mapping[str, float],
+        self, encoding: Encoding, y: Float[Tensor, "rows ..."], values: Mapping[str, float]
     ) -> dict[str, Float[Tensor, ""]]:
         """The architecture's own loss terms, each with its coefficient; `y` is the target in training space."""
         return {}
 
+    def observe(self, encoding: Encoding, values: Mapping[str, float]) -> None:
+        """Statistics of an architecture's own, once per step, from the codes that were trained on."""
+
+    def schedule_settled(self) -> None:
+        """Called once, when a schedule that changes the selection has come to its end."""
+
+    def training_state(self) -> dict[str, Float[Tensor, ""]]:
+        """Numbers of an architecture's own for the logs."""
+        return {}
+
+    def activation(self, pre: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The code of a latent that is on."""
+        return torch.relu(pre)
+
+    def auxiliary_tasks(
+        self,
+        encoding: Encoding,
+        y: Float[Tensor, "rows ..."],
+        y_hat: Float[Tensor, "rows ..."],
+        dead: Int[Tensor, " latents"],
+    ) -> Iterator[AuxiliaryTask]:
+        """What dead latents (numbers on the axis of all latents) are to explain: the error, block by block."""
+        residual = widen(y.detach()) - widen(y_hat.detach())
+        for layer, latents in self.geometry.by_layer(dead):
+            yield AuxiliaryTask(1.0, layer, latents, self.geometry.written(residual, layer))
+
+    def for_use(self) -> "SAE":
+        """An SAE that computes the same at inference; a rule that needs a batch becomes one that does not."""
+        return self
+
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the parameters, in the order of files."""
-        d, s = self.d_in, self.d_sae
-        return {"W_enc": (d, s), "b_enc": (s,), "W_dec": (s, d), "b_dec": (d,)}
+        return self.geometry.parameter_shapes()
+
+    def gate_threshold(self) -> Float[Tensor, " n_latents"] | None:
+        """θ that a latent's pre-activation must pass, in its units; None is 0."""
+        return None
+
+    def reset_latents(self, latents: Int[Tensor, " latents"]) -> None:
+        """Biases and thresholds of latents whose directions were drawn anew (resampling) as at the start."""
+        for name in ("b_enc", "b_gate", "b_mag", "r_mag"):
+            if name in self._parameters:
+                self.get_parameter(name).view(-1)[latents] = 0.0
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Random decoder directions of norm `decoder_init_norm`, the encoder their transpose, biases zero."""
-        bound = (3 / self.d_in) ** 0.5  # uniform with the variance that gives rows of expected squared norm 1
-        for block, rows in enumerate(self.W_dec.split(LATENTS_PER_BLOCK)):
-            drawn = torch.empty(rows.shape, dtype=torch.float32)
-            drawn.uniform_(-bound, bound, generator=generator(seed, "init", index=block))
-            norm = 1.0 if self.cfg.decoder_norm_constraint == "unit" else self.cfg.decoder_init_norm
+        """Random decoder directions of norm `decoder_init_norm`, biases and skip zero.
+
+        The encoder is the transpose where the site read is the one written; elsewhere it is drawn by itself.
+        """
+        norm = 1.0 if self.cfg.decoder_norm_constraint == "unit" else self.cfg.decoder_init_norm
+        for layer in range(self.geometry.layers):
+            decoder = self.geometry.decoder(self.W_dec, layer)
+            _draw(decoder, seed, f"init_{layer}" if layer else "init")
             if norm is not None:
-                drawn *= norm / torch.linalg.vector_norm(drawn, dim=1, keepdim=True)
-            rows.copy_(drawn)
-        self.W_enc.copy_(self.W_dec.T)
+                decoder *= norm / self.geometry.block_norms(decoder)[:, None].to(decoder.dtype)
+            if "W_enc" not in self._parameters:
+                continue
+            encoder = self.geometry.encoder(self.W_enc, layer)
+            if self.geometry.same_site:
+                encoder.copy_(decoder.T)
+            else:
+                drawn = torch.empty(encoder.T.shape, dtype=encoder.dtype)
+                _draw(drawn, seed, f"init_encoder_{layer}" if layer else "init_encoder")
+                if norm is not None:
+                    drawn *= norm / torch.linalg.vector_norm(drawn, dim=1, keepdim=True)
+                encoder.copy_(drawn.T)
 
     @torch.no_grad()
     def restore_constraints(self) -> None:
         """What holds after every optimizer step: unit decoder rows, where they are asked for."""
         if self.cfg.decoder_norm_constraint == "unit":
-            self.W_dec /= self.decoder_norms().to(self.dtype)[:, None]
+            self.geometry.scale_decoder(self.W_dec, (1 / self.decoder_norms()).to(self.dtype))
 
-    def scale_latents(self, factor: Float[Tensor, " d_sae"]) -> None:
+    def scale_latents(self, factor: Float[Tensor, " n_latents"]) -> None:
         """Scale the encoder so that every code is `factor` times larger (part of the decoder-norm fold)."""
-        self.W_enc.mul_(factor)
+        factor = factor.reshape(self.latent_shape)
+        self.W_enc.mul_(factor[:, None] if self.geometry.cross_layer else factor)
+        self.scale_biases(factor)
+
+    def scale_biases(self, factor: Float[Tensor, "..."]) -> None:
+        """The part of `scale_latents` beside W_enc; `factor` has `latent_shape`."""
         self.b_enc.mul_(factor)
+
+    def fold_affine(self, read: Affine, written: Affine) -> None:
+        """Take in an affine normalisation (see `sae_kit.folding`)."""
+        folding.fold_affine(self, read, written)
+
+    def shift_preactivations(self, delta: Float[Tensor, " n_latents"]) -> None:
+        """Add to what W_enc gives (part of folding a normalisation that shifts)."""
+        self.b_enc.add_(delta.reshape(self.latent_shape))
 
     # ---- use -------------------------------------------------------------------------------------------------------
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.W_dec.dtype
+        return self.b_dec.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.W_dec.device
+        return self.b_dec.device
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one row of codes: (d_sae,), or (layers, d_sae)."""
+        return self.geometry.latent_shape
+
+    @property
+    def norm_target(self) -> Normalization:
+        """Normalisation of what is written."""
+        return self.norm_in if self.geometry.same_site else self.norm_out
 
     @property
     def rescales(self) -> bool:
         """Whether latents are ranked and reported as c·n, n the norm of their decoder row."""
         return bool(getattr(self.cfg, "rescale_acts_by_decoder_norm", False))
 
-    def encode(self, u: Float[Tensor, "..."]) -> Float[Tensor, "... d_sae"]:
-        """Codes of raw activations: [..., d_in] (hook_z: also [..., heads, d_head]) -> [..., d_sae].
+    @property
+    def needs_context(self) -> bool:
+        """Whether `decode` needs the rows that were encoded, beside their codes."""
+        return self.norm_target.mode in PER_ROW or self.geometry.skip
+
+    def encode(self, u: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Codes of raw activations: [..., *in_shape] (hook_z: also [..., heads, d_head]) -> [..., *latent_shape].
 
         Raises:
-            ShapeError: the last axis is not `d_in`.
+            ShapeError: the last axes are not `in_shape`.
         """
-        return self._acts(self.hook_sae_input(self._prepare(u)[0]))
+        return self._acts(self._encode(self.hook_sae_input(self._prepare(u)[0]))[0].codes)
 
     def encode_sparse(self, u: Float[Tensor, "..."]) -> SparseCodes:
-        """The same codes without the zeros; nothing of size [..., d_sae] is made for hook points without hooks."""
-        seen = self.hook_sae_input(self._prepare(u)[0])
-        if self.hook_sae_acts_post.is_listening:
-            return SparseCodes.from_dense(self._acts(seen))
-        codes = self._encode(seen).codes
-        sparse = codes if isinstance(codes, SparseCodes) else SparseCodes.from_dense(codes)
-        return sparse.scale(self.decoder_norms()) if self.rescales else sparse
+        """The same codes without the zeros; nothing of the size of dense codes is made for hooks that are not there.
 
-    def decode(self, acts: Float[Tensor, "... codes"] | SparseCodes) -> Float[Tensor, "... d_in"]:
-        """Raw activations from codes, dense or sparse: [..., d_sae] -> [..., d_in] (heads stay flat).
+        They carry the context that `decode` may need.
+        """
+        flat, heads = self._prepare(u)
+        found, context = self._encode(self.hook_sae_input(flat), heads)
+        codes = found.codes
+        if self.hook_sae_acts_post.is_listening:
+            codes = SparseCodes.from_dense(self._acts(codes).flatten(-len(self.latent_shape)))
+        else:
+            codes = codes if isinstance(codes, SparseCodes) else SparseCodes.from_dense(codes)
+            codes = codes.scale(self.decoder_norms()) if self.rescales else codes
+        shape = self.latent_shape if self.geometry.cross_layer else None
+        return dataclasses.replace(codes, latent_shape=shape, context=context if self.needs_context else None)
+
+    def decode(
+        self, acts: Float[Tensor, "..."] | SparseCodes, context: RowContext | None = None
+    ) -> Float[Tensor, "..."]:
+        """Raw activations from codes, dense [..., *latent_shape] or sparse: [..., *out_shape].
+
+        `context`, from `row_context`, is needed where a row was scaled by itself or part of the output does not pass
+        through the latents; sparse codes carry theirs. It also splits the output into the heads of the input.
 
         Raises:
-            ShapeError: codes of another width.
+            ShapeError: codes of another width. MissingContextError: no context where one is needed.
         """
-        width = acts.d_sae if isinstance(acts, SparseCodes) else acts.shape[-1]
-        if width != self.d_sae:
-            raise ShapeError(f"expected codes of width d_sae = {self.d_sae}, found {width}")
+        if isinstance(acts, SparseCodes):
+            context = context or acts.context
+            codes: Codes = dataclasses.replace(acts, latent_shape=None)
+            width, wanted = (acts.d_sae,), (self.geometry.n_latents,)
+        else:
+            wanted = self.latent_shape
+            width = tuple(acts.shape[-len(wanted) :])
+            codes = acts.to(self.dtype).flatten(-len(wanted)) if width == wanted else acts
+        if width != wanted:
+            raise ShapeError(f"expected codes of width d_sae = {_plain(wanted)}, found {_plain(width)}")
+        if self.needs_context and context is None:
+            raise MissingContextError(
+                "part of the output does not pass through the latents, or is scaled row by row: "
+                "decode(acts, context=sae.row_context(u))"
+            )
         if self.rescales:
             norms = self.decoder_norms()
-            acts = acts.scale(1 / norms) if isinstance(acts, SparseCodes) else acts / norms
-        codes = acts if isinstance(acts, SparseCodes) else acts.to(self.dtype)
-        return self.norm_in.inverse(self.hook_sae_recons(self.reconstruct(codes)))
+            codes = codes.scale(1 / norms) if isinstance(codes, SparseCodes) else (codes / norms).to(self.dtype)
+        return self._output(self.reconstruct(codes), context or RowContext())
 
-    def forward(self, u: Float[Tensor, "..."], *, use_error_term: bool | None = None) -> Float[Tensor, "..."]:
-        """Reconstruction of raw activations, in their shape.
+    def row_context(self, u: Float[Tensor, "..."]) -> RowContext:
+        """What `decode` needs of the rows `u` beside their codes."""
+        flat, heads = self._prepare(u)
+        x, scale, shift = self.norm_in.normalize(flat)
+        return RowContext(scale, shift, self.extra_output(x), heads)
+
+    def extra_output(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."] | None:
+        """Output in training space that does not pass through the latents."""
+        return self.geometry.apply_skip(x, self.W_skip) if self.geometry.skip else None
+
+    def forward(
+        self,
+        u: Float[Tensor, "..."],
+        *,
+        target: Float[Tensor, "..."] | None = None,
+        use_error_term: bool | None = None,
+    ) -> Float[Tensor, "..."]:
+        """Raw activations from raw activations: of an SAE the reconstruction, in the shape of its input.
 
         With the error term, what the SAE misses without edits of its internals is added (as a constant), so that
-        unedited output equals the input; `None` takes the SAE's own `use_error_term`.
+        unedited output equals the true one; `None` takes the SAE's own `use_error_term`. Where another site is written,
+        the true output has to be given as `target`.
+
+        Raises:
+            ShapeError: input or target of another shape. ConfigError: an error term without a target.
         """
-        flat, shape = self._prepare(u)
-        seen = self.hook_sae_input(flat)
+        flat, heads = self._prepare(u)
+        found, context = self._encode(self.hook_sae_input(flat), heads)
         if self.hook_sae_acts_post.is_listening:
-            out = self.decode(self._acts(seen))
+            out = self.decode(self._acts(found.codes), context)
         else:
-            out = self.norm_in.inverse(self.hook_sae_recons(self.reconstruct(self._encode(seen).codes)))
+            out = self._output(self.reconstruct(found.codes), context)
         if self.use_error_term if use_error_term is None else use_error_term:
-            out = out + self.hook_sae_error(self._error(flat, out))
-        return self.hook_sae_output(out.reshape(shape))
+            out = out + self.hook_sae_error(self._error(u, flat, target, out))
+        return self.hook_sae_output(out)
 
-    def preactivations(
-        self, x: Float[Tensor, "... d_in"], latents: Int[Tensor, " latents"] | None = None
-    ) -> Float[Tensor, "... _"]:
-        """h = (x − a·b_dec) W_enc + b_enc, of all latents or of some.
+    def project(self, x: Float[Tensor, "..."], bias: Tensor) -> Float[Tensor, "... n_latents"]:
+        """(x − a·b_dec) W_enc + bias, the bias of `latent_shape`.
 
-        b_dec moves into the bias, so no gradient of the size of x is built for it. Of some latents only (dead ones, in
-        AuxK) b_dec is taken as a constant.
+        b_dec moves into the bias, so no gradient of the size of x is built for it.
         """
-        W_enc, b_enc, b_dec = self.W_enc, self.b_enc, self.b_dec
-        if latents is not None:
-            W_enc, b_enc, b_dec = W_enc[:, latents], b_enc[latents], b_dec.detach()
+        bias = bias.flatten()
         if self.cfg.apply_b_dec_to_input:
-            b_enc = (widen(b_enc) - widen(b_dec) @ widen(W_enc)).to(self.dtype)
-        flat = torch.addmm(b_enc, x.reshape(-1, self.d_in), W_enc)
-        return flat.reshape(*x.shape[:-1], len(b_enc))
+            centre = self.geometry.project(widen(self.b_dec)[None], widen(self.W_enc), torch.zeros_like(widen(bias)))
+            bias = (widen(bias) - centre[0]).to(self.dtype)
+        leading = self._leading(x)
+        flat = self.geometry.project(x.reshape(-1, *self.geometry.in_shape), self.W_enc, bias)
+        return flat.reshape(*leading, self.geometry.n_latents)
 
-    def reconstruct(self, codes: Codes) -> Float[Tensor, "... d_in"]:
-        """codes · W_dec + b_dec, in training space."""
-        return decode(codes, self.W_dec) + self.b_dec
+    def preactivations(self, x: Float[Tensor, "..."]) -> Float[Tensor, "... n_latents"]:
+        """h = (x − a·b_dec) W_enc + b_enc."""
+        return self.project(x, self.b_enc)
 
-    def decoder_norms(self) -> Float[Tensor, " d_sae"]:
-        """n_i = ‖W_dec[i]‖, at least 1e-8, in float32 or wider."""
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return torch.linalg.vector_norm(self.W_dec, dim=1, dtype=wide).clamp(min=SMALLEST_NORM)
+    def project_some(
+        self, x: Float[Tensor, "rows ..."], latents: Int[Tensor, " latents"], layer: int = 0
+    ) -> Float[Tensor, "rows latents"]:
+        """(x − a·b_dec) W_enc of some latents of one block; b_dec is taken as a constant."""
+        W_enc = self.geometry.encoder(self.W_enc, layer)[:, latents]
+        found = self.geometry.read(x, layer) @ W_enc
+        if self.cfg.apply_b_dec_to_input:
+            found = found - self.geometry.read(self.b_dec.detach()[None], layer) @ W_enc
+        return found
 
-    def _encode(self, seen: Float[Tensor, "... d_in"]) -> Encoding:
+    def preactivations_of(
+        self, x: Float[Tensor, "rows ..."], latents: Int[Tensor, " latents"], layer: int = 0
+    ) -> Float[Tensor, "rows latents"]:
+        """What these latents of block `layer` would say if they were on, with gradient to them alone (AuxK)."""
+        return self.project_some(x, latents, layer) + self.geometry.latents(self.b_enc.flatten(), layer)[latents]
+
+    def reconstruct(self, codes: Codes) -> Float[Tensor, "..."]:
+        """codes · W_dec + b_dec, in training space: [..., *out_shape]."""
+        leading = codes.leading if isinstance(codes, SparseCodes) else tuple(codes.shape[:-1])
+        rows = codes if isinstance(codes, SparseCodes) else codes.reshape(-1, self.geometry.n_latents)
+        return (self.geometry.decode(rows, self.W_dec) + self.b_dec).reshape(*leading, *self.geometry.out_shape)
+
+    def training_space(self, u: Float[Tensor, "..."]) -> Float[Tensor, "rows ..."]:
+        """Raw activations, normalised and in rows: [..., *in_shape] -> [rows, *in_shape]."""
+        return self.norm_in(self._prepare(u)[0]).reshape(-1, *self.geometry.in_shape)
+
+    def decoder_norms(self) -> Float[Tensor, " n_latents"]:
+        """n_i of every latent (‖W_dec[i]‖ of an SAE), at least 1e-8, in float32 or wider."""
+        return self.geometry.norms(self.W_dec)
+
+    def _encode(self, seen: Float[Tensor, "..."], heads: tuple[int, int] | None = None) -> tuple[Encoding, RowContext]:
+        x, scale, shift = self.norm_in.normalize(seen)
         point = self.hook_sae_acts_pre
-        return self.encoding(self.norm_in(seen), point if point.is_listening else None)
+        found = self.encoding(x, self._on_pre if point.is_listening else None)
+        extra = found.extra if found.extra is not None else self.extra_output(x)
+        return found, RowContext(scale, shift, extra, heads)
 
-    def _acts(self, seen: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
-        acts = to_dense(self._encode(seen).codes)
+    def _on_pre(self, pre: Float[Tensor, "... n_latents"]) -> Float[Tensor, "... n_latents"]:
+        seen = self.hook_sae_acts_pre(pre.unflatten(-1, self.latent_shape))
+        return seen.flatten(-len(self.latent_shape))
+
+    def _acts(self, codes: Codes) -> Float[Tensor, "..."]:
+        acts = to_dense(codes)
         if self.rescales:
             acts = acts * self.decoder_norms().to(acts.dtype)
-        return self.hook_sae_acts_post(acts)
+        return self.hook_sae_acts_post(acts.unflatten(-1, self.latent_shape))
+
+    def _output(self, recons: Float[Tensor, "..."], context: RowContext) -> Float[Tensor, "..."]:
+        recons = self.hook_sae_recons(recons)
+        if context.extra is not None:
+            recons = recons + context.extra
+        out = self.norm_target.undo(recons, context.scale, context.shift)
+        return out.unflatten(-1, context.heads) if context.heads and self.geometry.same_site else out
 
     @torch.no_grad()
-    def _error(self, flat: Float[Tensor, "... d_in"], out: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
+    def _error(
+        self, u: Float[Tensor, "..."], flat: Float[Tensor, "..."], target: Tensor | None, out: Float[Tensor, "..."]
+    ) -> Float[Tensor, "..."]:
+        if target is None and not self.geometry.same_site:
+            raise ConfigError(
+                f"the error term of a {self.geometry.kind} is what it misses of the site that it writes: give the true "
+                "values there, sae(u, target=v)"
+            )
+        true = (u if target is None else target).to(out.dtype)
+        if true.shape != out.shape:
+            raise ShapeError(f"expected a target of shape {list(out.shape)}, found {list(true.shape)}")
         internals = (self.hook_sae_input, self.hook_sae_acts_pre, self.hook_sae_acts_post, self.hook_sae_recons)
         if not any(point.is_listening for point in internals):
-            return flat - out
-        return flat - self.norm_in.inverse(self.reconstruct(self.encoding(self.norm_in(flat)).codes))
+            return true - out
+        x, scale, shift = self.norm_in.normalize(flat)
+        found = self.encoding(x)
+        extra = found.extra if found.extra is not None else self.extra_output(x)
+        recons = self.reconstruct(found.codes)
+        clean = self.norm_target.undo(recons if extra is None else recons + extra, scale, shift)
+        return true - clean.reshape(true.shape)
 
-    def _prepare(self, u: Tensor) -> tuple[Float[Tensor, "... d_in"], tuple[int, ...]]:
-        """`u` in the SAE's dtype with heads flattened, and the shape that the output gets back."""
-        if u.ndim and u.shape[-1] == self.d_in:
-            return u.to(self.dtype), tuple(u.shape)
+    def _leading(self, x: Float[Tensor, "..."]) -> tuple[int, ...]:
+        return tuple(x.shape[: x.ndim - len(self.geometry.in_shape)])
+
+    def _prepare(self, u: Tensor) -> tuple[Float[Tensor, "..."], tuple[int, int] | None]:
+        """`u` in the SAE's dtype with heads flattened, and the heads that it had."""
+        shape = self.geometry.in_shape
+        if u.shape[-len(shape) :] == shape:
+            return u.to(self.dtype), None
         heads = self.cfg.reshape_activations == "hook_z"
         if heads and u.ndim >= 2 and u.shape[-2] * u.shape[-1] == self.d_in:
-            return u.to(self.dtype).flatten(-2), tuple(u.shape)
-        wanted = f"[..., {self.d_in}]" + (
+            return u.to(self.dtype).flatten(-2), (u.shape[-2], u.shape[-1])
+        wanted = f"[..., {', '.join(map(str, shape))}]" + (
             f" or [..., heads, d_head] with heads · d_head = {self.d_in}" if heads else ""
         )
         site = self.cfg.metadata.hook_name
@@ -381,59 +511,43 @@ class SAE(nn.Module, ABC):
             ConfigError: the architecture compares unscaled latents with each other, so the fold would change which are
                 selected.
         """
-        if not self._decoder_norm_folds():
-            raise ConfigError(
-                f"the decoder norms of this {self.cfg.architecture} SAE differ and take no part in its selection: "
-                "folding them would change which latents are on"
-            )
-        norms = self.decoder_norms()
-        self.scale_latents(norms)
-        self.W_dec.div_(norms[:, None])
-        self._record_fold(decoder_norm=True)
-        if self.rescales:
-            self.cfg = dataclasses.replace(self.cfg, rescale_acts_by_decoder_norm=False)
+        folding.fold_decoder_norm(self)
         return self
 
     @torch.no_grad()
     def fold_normalization(self) -> "SAE":
-        """Move the activations' scale into the weights, in place; codes and output are unchanged.
+        """Move the normalisation into the weights, in place; codes and output are unchanged.
 
-        Where selection depends on decoder norms these are folded first, because the scale changes them.
+        Where selection depends on decoder norms these are folded first, because the scale changes them. What scales
+        each row by itself stays.
         """
-        if self.norm_in.mode == "none":
-            return self
-        if self.rescales:
-            self.fold_decoder_norm()
-        scale = self.norm_in.scale
-        self.W_enc.mul_(scale)
-        self.W_dec.div_(scale)
-        self.b_dec.div_(scale)
-        self._record_fold(scale_in=scale.item(), scale_out=scale.item())
-        self.norm_in = Normalization("none", self.d_in)
-        self.cfg = dataclasses.replace(self.cfg, normalize_activations="none")
+        if self.norm_in.mode != "none" and self.norm_in.mode not in PER_ROW:
+            folding.fold_normalization(self)
         return self
 
     @torch.no_grad()
     def to_inference(self) -> "SAE":
         """A copy to be saved for use: scales and, where that is exact, decoder norms folded. This SAE is left as it is.
 
-        With unit decoder rows a code is the length of its contribution, in units of the raw activations. Fields that
-        only shaped training move to `metadata.training_architecture_details`.
+        With unit decoder rows a code is the length of its contribution, in units of the raw activations. A rule that
+        selects over a batch becomes a threshold. Fields that only shaped training move to
+        `metadata.training_architecture_details`.
         """
         sae = copy.deepcopy(self)
+        sae.cfg = sae.cfg.for_inference()
+        sae = sae.for_use()
+        if sae.rescales:
+            sae.fold_decoder_norm()
         sae.fold_normalization()
-        if sae._decoder_norm_folds():
+        if sae.decoder_norm_folds():
             sae.fold_decoder_norm()
         sae.cfg = sae.cfg.for_inference()
         return sae
 
-    def _decoder_norm_folds(self) -> bool:
+    def decoder_norm_folds(self) -> bool:
+        """Whether `fold_decoder_norm` would leave the selection of latents alone."""
         norms = self.decoder_norms()
         return self.norm_fold_is_exact or self.rescales or torch.allclose(norms, norms[:1], rtol=1e-6, atol=0)
-
-    def _record_fold(self, **facts: float | bool) -> None:
-        ours = self.cfg.metadata.extra.setdefault("sae_kit", {})
-        ours.setdefault("folded", {}).update(facts)
 
     # ---- files -----------------------------------------------------------------------------------------------------
 
@@ -478,9 +592,28 @@ class SAE(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         site = f", {self.cfg.metadata.hook_name}" if self.cfg.metadata.hook_name else ""
-        return f"d_in={self.d_in}, d_sae={self.d_sae}, {str(self.dtype).removeprefix('torch.')}{site}"
+        kind = self.geometry
+        shape = f"d_in={self.d_in}" if kind.kind == "sae" else f"{kind.kind} {kind.in_shape} -> {kind.out_shape}"
+        return f"{shape}, d_sae={self.d_sae}, {str(self.dtype).removeprefix('torch.')}{site}"
 
 
 def _exact_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of thresholds and statistics in an SAE of `dtype`: float32, or float64 in a float64 SAE."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def squared_error(y_hat: Float[Tensor, "rows ..."], y: Float[Tensor, "rows ..."]) -> Float[Tensor, ""]:
+    """E_b ‖ŷ − y‖² over all that is written, summed in float32 or wider."""
+    return (widen(y_hat) - widen(y)).flatten(1).square().sum(dim=1).mean()
+
+
+def _draw(rows: Float[Tensor, "latents width"], seed: int, purpose: str) -> None:
+    """Fill with uniform numbers of such a variance that rows have expected squared norm 1."""
+    bound = math.sqrt(3 / rows.shape[1])
+    for block, part in enumerate(rows.split(LATENTS_PER_BLOCK)):
+        drawn = torch.empty(part.shape, dtype=torch.float32)
+        part.copy_(drawn.uniform_(-bound, bound, generator=generator(seed, purpose, index=block)))
+
+
+def _plain(shape: tuple[int, ...]) -> int | list[int]:
+    return shape[0] if len(shape) == 1 else list(shape)

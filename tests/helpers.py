@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from sae_kit import list_architectures
-from sae_kit.sae import SAE, SAEConfig
+from sae_kit.sae import SAE
+from sae_kit.sae_config import SAEConfig
 
 ARCHITECTURES = tuple(list_architectures())
 D_IN, D_SAE = 32, 96
@@ -17,7 +18,7 @@ def make_config(name: str, **fields: Any) -> SAEConfig:
     """The default config of an architecture at the tests' size; fields that it lacks are left out."""
     cls = list_architectures()[name].config
     defaults: dict[str, Any] = {"d_in": D_IN, "d_sae": D_SAE}
-    if name == "topk":
+    if hasattr(cls, "k"):
         defaults["k"] = 8
     return cls(**{**defaults, **fields})
 

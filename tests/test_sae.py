@@ -5,7 +5,8 @@ import torch
 from helpers import ARCHITECTURES, D_IN, D_SAE, make_config, make_sae, relative, rows
 
 from sae_kit.errors import ConfigError, ShapeError
-from sae_kit.sae import SAE, SAEConfig
+from sae_kit.sae import SAE
+from sae_kit.sae_config import SAEConfig
 
 every = pytest.mark.parametrize("name", ARCHITECTURES)
 HOOKS = ("input", "acts_pre", "acts_post", "recons", "error", "output")

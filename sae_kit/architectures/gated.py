@@ -7,10 +7,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_kit.annealing import PAnnealing
+from sae_kit.architectures.standard import lp_penalty
 from sae_kit.config import Tokens
-from sae_kit.ops import widen
 from sae_kit.registry import register
-from sae_kit.sae import SAE, Coefficient, Encoding, SAEConfig, training_only
+from sae_kit.sae import SAE, Encoding, squared_error
+from sae_kit.sae_config import Coefficient, SAEConfig, training_only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +25,11 @@ class GatedSAEConfig(SAEConfig):
     """the penalty grows linearly over so many tokens"""
     detach_aux_decoder: bool = training_only(True)
     """the gate's own reconstruction sees a frozen copy of the decoder, as in the paper"""
+    p_annealing: PAnnealing | None = training_only(None)
+    """penalise Σ|gate|^p with a p that falls in the course of the run; None = p stays 1"""
 
     def coefficients(self) -> dict[str, Coefficient]:
-        return {"l1": Coefficient(self.l1_coefficient, self.l1_warm_up_tokens)}
+        return {"l1_coefficient": Coefficient(self.l1_coefficient, self.l1_warm_up_tokens)}
 
 
 @register("gated", GatedSAEConfig)
@@ -37,48 +41,55 @@ class GatedSAE(SAE):
     """
 
     cfg: GatedSAEConfig
-    b_gate: Float[Tensor, " d_sae"]
-    b_mag: Float[Tensor, " d_sae"]
-    r_mag: Float[Tensor, " d_sae"]
+    b_gate: Tensor
+    b_mag: Tensor
+    r_mag: Tensor
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        d, s = self.d_in, self.d_sae
-        return {"W_enc": (d, s), "W_dec": (s, d), "b_dec": (d,), "b_gate": (s,), "b_mag": (s,), "r_mag": (s,)}
+        shapes = super().parameter_shapes()
+        del shapes["b_enc"]
+        return shapes | dict.fromkeys(("b_gate", "b_mag", "r_mag"), self.latent_shape)
 
-    def encoding(self, x: Float[Tensor, "... d_in"], on_pre: Callable[[Tensor], Tensor] | None = None) -> Encoding:
-        shared = x @ self.W_enc
-        if self.cfg.apply_b_dec_to_input:
-            shared = shared - self.b_dec @ self.W_enc
-        gate = shared + self.b_gate
-        magnitude = shared * self.r_mag.exp() + self.b_mag
+    def encoding(self, x: Float[Tensor, "..."], on_pre: Callable[[Tensor], Tensor] | None = None) -> Encoding:
+        shared = self.project(x, torch.zeros_like(self.b_gate))
+        gate = shared + self.b_gate.flatten()
+        magnitude = shared * self.r_mag.flatten().exp() + self.b_mag.flatten()
         magnitude = on_pre(magnitude) if on_pre else magnitude
         return Encoding((gate > 0) * torch.relu(magnitude), gate)
 
-    def preactivations(
-        self, x: Float[Tensor, "... d_in"], latents: Int[Tensor, " latents"] | None = None
-    ) -> Float[Tensor, "... _"]:
-        """m; of some latents only (dead ones, in AuxK) r_mag and b_dec are taken as constants."""
-        W_enc, b_mag, r_mag, b_dec = self.W_enc, self.b_mag, self.r_mag, self.b_dec
-        if latents is not None:
-            W_enc, b_mag, r_mag, b_dec = W_enc[:, latents], b_mag[latents], r_mag[latents].detach(), b_dec.detach()
-        shared = x @ W_enc
-        if self.cfg.apply_b_dec_to_input:
-            shared = shared - b_dec @ W_enc
-        return shared * r_mag.exp() + b_mag
+    def preactivations_of(
+        self, x: Float[Tensor, "rows ..."], latents: Int[Tensor, " latents"], layer: int = 0
+    ) -> Float[Tensor, "rows latents"]:
+        """m, with r_mag as a constant."""
+        r_mag = self.geometry.latents(self.r_mag.detach().flatten(), layer)[latents]
+        b_mag = self.geometry.latents(self.b_mag.flatten(), layer)[latents]
+        return self.project_some(x, latents, layer) * r_mag.exp() + b_mag
+
+    def penalty(self, encoding: Encoding, p: float) -> Float[Tensor, ""]:
+        """E_b ‖relu(π) ⊙ n‖_p."""
+        assert encoding.pre is not None
+        return lp_penalty(torch.relu(encoding.pre) * self.decoder_norms(), p).mean()
 
     def sparsity_losses(
-        self, encoding: Encoding, y: Float[Tensor, "batch d_out"], coefficients: Mapping[str, float]
+        self, encoding: Encoding, y: Float[Tensor, "rows ..."], values: Mapping[str, float]
     ) -> dict[str, Float[Tensor, ""]]:
-        gate = torch.relu(encoding.pre)
+        assert encoding.pre is not None
         W_dec, b_dec = self.W_dec, self.b_dec
         if self.cfg.detach_aux_decoder:
-            W_dec, b_dec = W_dec.detach(), b_dec.detach()
-        error = widen(gate @ W_dec + b_dec) - widen(y)
+            W_dec, b_dec = self.geometry.detached(W_dec), b_dec.detach()
+        reconstructed = self.geometry.decode(torch.relu(encoding.pre), W_dec) + b_dec
+        if encoding.extra is not None:
+            reconstructed = reconstructed + encoding.extra.detach()
         return {
-            "l1_loss": coefficients["l1"] * (gate * self.decoder_norms()).sum(dim=1).mean(),
-            "auxiliary_reconstruction_loss": error.square().sum(dim=1).mean(),
+            "l1_loss": values["l1_coefficient"] * self.penalty(encoding, values.get("p", 1.0)),
+            "auxiliary_reconstruction_loss": squared_error(reconstructed, y),
         }
 
-    def scale_latents(self, factor: Float[Tensor, " d_sae"]) -> None:
-        for parameter in (self.W_enc, self.b_gate, self.b_mag):
-            parameter.mul_(factor)
+    def scale_biases(self, factor: Float[Tensor, "..."]) -> None:
+        self.b_gate.mul_(factor)
+        self.b_mag.mul_(factor)
+
+    def shift_preactivations(self, delta: Float[Tensor, " n_latents"]) -> None:
+        delta = delta.reshape(self.latent_shape)
+        self.b_gate.add_(delta)
+        self.b_mag.add_(delta * self.r_mag.double().exp())

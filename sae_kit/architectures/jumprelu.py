@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_kit.config import Tokens
 from sae_kit.errors import ConfigError
 from sae_kit.ops import to_dense
 from sae_kit.registry import register
-from sae_kit.sae import SAE, Coefficient, Encoding, SAEConfig, training_only
+from sae_kit.sae import SAE, Encoding
+from sae_kit.sae_config import Coefficient, SAEConfig, training_only
 
 SparsityMode = Literal["step", "quadratic", "tanh", "tanh_quad"]
 
@@ -65,7 +66,7 @@ class JumpReLUSAEConfig(SAEConfig):
             )
 
     def coefficients(self) -> dict[str, Coefficient]:
-        return {"l0": Coefficient(self.l0_coefficient, self.l0_warm_up_tokens)}
+        return {"l0_coefficient": Coefficient(self.l0_coefficient, self.l0_warm_up_tokens)}
 
 
 @register("jumprelu", JumpReLUSAEConfig)
@@ -75,28 +76,33 @@ class JumpReLUSAE(SAE):
     cfg: JumpReLUSAEConfig
     exact_dtype_tensors = SAE.exact_dtype_tensors | {"threshold"}
     threshold_names = frozenset({"threshold"})
-    threshold: Float[Tensor, " d_sae"]
+    threshold: Tensor
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {**super().parameter_shapes(), "threshold": (self.d_sae,)}
+        return {**super().parameter_shapes(), "threshold": self.latent_shape}
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
         super().initialize(seed)
         self.threshold.fill_(self.cfg.jumprelu_init_threshold)
 
-    def encoding(self, x: Float[Tensor, "... d_in"], on_pre: Callable[[Tensor], Tensor] | None = None) -> Encoding:
+    def encoding(self, x: Float[Tensor, "..."], on_pre: Callable[[Tensor], Tensor] | None = None) -> Encoding:
         pre = self.preactivations(x)
         pre = on_pre(pre) if on_pre else pre
-        codes = _Jump.apply(pre, self.threshold, self.cfg.jumprelu_bandwidth, self.cfg.jumprelu_ste_to_input)
+        cfg = self.cfg
+        codes = _Jump.apply(pre, self.threshold.flatten(), cfg.jumprelu_bandwidth, cfg.jumprelu_ste_to_input)
         return Encoding(codes, pre)
 
+    def gate_threshold(self) -> Float[Tensor, " n_latents"]:
+        return self.threshold.flatten()
+
     def sparsity_losses(
-        self, encoding: Encoding, y: Float[Tensor, "batch d_out"], coefficients: Mapping[str, float]
+        self, encoding: Encoding, y: Float[Tensor, "rows ..."], values: Mapping[str, float]
     ) -> dict[str, Float[Tensor, ""]]:
         cfg = self.cfg
         if cfg.jumprelu_sparsity_loss_mode in ("step", "quadratic"):
-            l0 = _Step.apply(encoding.pre, self.threshold, cfg.jumprelu_bandwidth, cfg.jumprelu_ste_to_input).sum(dim=1)
+            threshold = self.threshold.flatten()
+            l0 = _Step.apply(encoding.pre, threshold, cfg.jumprelu_bandwidth, cfg.jumprelu_ste_to_input).sum(dim=1)
             target = cfg.target_l0
             term = l0.mean() if target is None else 2 / target * (l0 - target).square().mean()
         else:
@@ -106,15 +112,19 @@ class JumpReLUSAE(SAE):
             else:
                 frequency = stretched.mean(dim=0)
                 term = (frequency * (1 + frequency / cfg.frequency_scale)).sum()
-        return {"l0_loss": coefficients["l0"] * term}
+        return {"l0_loss": values["l0_coefficient"] * term}
 
     @torch.no_grad()
     def restore_constraints(self) -> None:
         super().restore_constraints()
         self.threshold.clamp_(min=0)
 
-    def scale_latents(self, factor: Float[Tensor, " d_sae"]) -> None:
-        super().scale_latents(factor)
+    def reset_latents(self, latents: Int[Tensor, " latents"]) -> None:
+        super().reset_latents(latents)
+        self.threshold.view(-1)[latents] = self.cfg.jumprelu_init_threshold
+
+    def scale_biases(self, factor: Float[Tensor, "..."]) -> None:
+        super().scale_biases(factor)
         self.threshold.mul_(factor)
 
 

@@ -1,4 +1,7 @@
-"""ReLU with an L1 penalty (Cunningham et al. 2023, arXiv 2309.08600; Bricken et al. 2023)."""
+"""ReLU with an L1 or Lp penalty (Cunningham et al. 2023, arXiv 2309.08600; Bricken et al. 2023).
+
+p can be annealed towards 0 (Karvonen et al. 2024, arXiv 2408.00113).
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,11 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_kit.annealing import PAnnealing
 from sae_kit.config import Tokens
 from sae_kit.errors import ConfigError
 from sae_kit.ops import to_dense
 from sae_kit.registry import register
-from sae_kit.sae import SAE, Coefficient, Encoding, SAEConfig, training_only
+from sae_kit.sae import SAE, Encoding
+from sae_kit.sae_config import Coefficient, SAEConfig, training_only
 
 LP_OFFSET = 1e-3  # bounds the slope of x^p at 0 for p < 1
 
@@ -26,14 +31,18 @@ class StandardSAEConfig(SAEConfig):
     """p of the penalty; 1 is the usual L1"""
     l1_warm_up_tokens: Tokens = training_only(0)
     """the penalty grows linearly over so many tokens"""
+    p_annealing: PAnnealing | None = training_only(None)
+    """let p fall in the course of the run; None = p stays at lp_norm"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.lp_norm <= 0:
             raise ConfigError(f"lp_norm must be positive, found {self.lp_norm}")
+        if self.p_annealing is not None and self.lp_norm != 1:
+            raise ConfigError(f"p_annealing sets p itself: leave lp_norm out, found {self.lp_norm}")
 
     def coefficients(self) -> dict[str, Coefficient]:
-        return {"l1": Coefficient(self.l1_coefficient, self.l1_warm_up_tokens)}
+        return {"l1_coefficient": Coefficient(self.l1_coefficient, self.l1_warm_up_tokens)}
 
 
 @register("standard", StandardSAEConfig)
@@ -45,16 +54,20 @@ class StandardSAE(SAE):
 
     cfg: StandardSAEConfig
 
-    def encoding(self, x: Float[Tensor, "... d_in"], on_pre: Callable[[Tensor], Tensor] | None = None) -> Encoding:
+    def encoding(self, x: Float[Tensor, "..."], on_pre: Callable[[Tensor], Tensor] | None = None) -> Encoding:
         pre = self.preactivations(x)
         pre = on_pre(pre) if on_pre else pre
         return Encoding(torch.relu(pre), pre)
 
+    def penalty(self, encoding: Encoding, p: float) -> Float[Tensor, ""]:
+        """E_b ‖c ⊙ n‖_p."""
+        return lp_penalty(to_dense(encoding.codes) * self.decoder_norms(), p).mean()
+
     def sparsity_losses(
-        self, encoding: Encoding, y: Float[Tensor, "batch d_out"], coefficients: Mapping[str, float]
+        self, encoding: Encoding, y: Float[Tensor, "rows ..."], values: Mapping[str, float]
     ) -> dict[str, Float[Tensor, ""]]:
-        penalty = lp_penalty(to_dense(encoding.codes) * self.decoder_norms(), self.cfg.lp_norm)
-        return {"l1_loss": coefficients["l1"] * penalty.mean()}
+        p = values.get("p", self.cfg.lp_norm)
+        return {"l1_loss": values["l1_coefficient"] * self.penalty(encoding, p)}
 
 
 def lp_penalty(lengths: Float[Tensor, "batch d_sae"], p: float) -> Float[Tensor, " batch"]:

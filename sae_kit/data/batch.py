@@ -8,7 +8,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows to train on: `x` is read, `y` is to be reproduced; for an SAE both are the same tensor."""
+    """Rows to train on: `x` [batch, *in_shape] is read, `y` [batch, *out_shape] is to be reproduced.
 
-    x: Float[Tensor, "batch d_in"]
-    y: Float[Tensor, "batch d_out"]
+    For an SAE both are the same tensor.
+    """
+
+    x: Float[Tensor, "batch ..."]
+    y: Float[Tensor, "batch ..."]

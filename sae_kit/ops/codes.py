@@ -1,6 +1,8 @@
 """`SparseCodes`: the few latents that are on in each row, and the operations that read nothing else."""
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,10 @@ class SparseCodes:
     leading: tuple[int, ...]
     """shape in front of the latent axis: the product is the number of rows"""
     row_offsets: Int[Tensor, " rows_plus_1"] | None = None
+    latent_shape: tuple[int, ...] | None = None
+    """shape of the latent axis where it is more than one: (layers, d_sae) of a cross-layer transcoder"""
+    context: Any = None
+    """what decoding needs beside the codes, of an SAE that has something: see `sae_kit.sae.RowContext`"""
 
     @classmethod
     def from_dense(cls, acts: Float[Tensor, "... d_sae"]) -> "SparseCodes":
@@ -34,13 +40,13 @@ class SparseCodes:
         return cls(rows[row, index], index, acts.shape[-1], tuple(acts.shape[:-1]), offsets)
 
     def to_dense(self) -> Float[Tensor, "... d_sae"]:
-        """Dense codes of shape [*leading, d_sae]; differentiable in the values."""
+        """Dense codes of shape [*leading, d_sae], or [*leading, *latent_shape]; differentiable in the values."""
         rows = self.values.new_zeros(self.n_rows, self.d_sae)
         if self.row_offsets is None:
             dense = rows.scatter(1, self.indices, self.values)
         else:
             dense = rows.index_put((self._row_of_entry(), self.indices), self.values)
-        return dense.reshape(*self.leading, self.d_sae)
+        return dense.reshape(*self.leading, *(self.latent_shape or (self.d_sae,)))
 
     def decode(self, W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "... d_out"]:
         """Sum over a row's entries of value · decoder row, without a dense code: [*leading, d_out]."""
@@ -53,6 +59,15 @@ class SparseCodes:
             include_last_offset=self.row_offsets is not None,
         )
         return flat.reshape(*self.leading, W_dec.shape[1])
+
+    def between(self, first: int, last: int) -> "SparseCodes":
+        """The codes of latents `first` to `last - 1` alone, numbered from 0."""
+        inside = ((self.indices >= first) & (self.indices < last)).reshape(-1)
+        counts = torch.bincount(self._row_of_entry()[inside], minlength=self.n_rows)
+        offsets = torch.zeros(self.n_rows + 1, dtype=torch.int64, device=inside.device)
+        torch.cumsum(counts, 0, out=offsets[1:])
+        values, indices = self.values.reshape(-1)[inside], self.indices.reshape(-1)[inside] - first
+        return SparseCodes(values, indices, last - first, self.leading, offsets)
 
     def scale(self, factor: Float[Tensor, " d_sae"]) -> "SparseCodes":
         """Every value times the factor of its latent."""
@@ -82,11 +97,12 @@ class SparseCodes:
         return len(self.values) if self.row_offsets is None else len(self.row_offsets) - 1
 
     def _with(self, values: Float[Tensor, "*entries"]) -> "SparseCodes":
-        return SparseCodes(values, self.indices, self.d_sae, self.leading, self.row_offsets)
+        return dataclasses.replace(self, values=values)
 
     def _row_of_entry(self) -> Int[Tensor, " entries"]:
-        assert self.row_offsets is not None
         rows = torch.arange(self.n_rows, device=self.indices.device)
+        if self.row_offsets is None:
+            return rows.repeat_interleave(self.indices.shape[1])
         return rows.repeat_interleave(self.row_offsets.diff(), output_size=len(self.indices))
 
 

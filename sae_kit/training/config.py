@@ -15,7 +15,7 @@ from sae_kit.data.buffer import BufferConfig
 from sae_kit.data.capture import ModelConfig
 from sae_kit.data.tokens import DataConfig
 from sae_kit.errors import ConfigError
-from sae_kit.sae import SAEConfig
+from sae_kit.sae_config import SAEConfig
 from sae_kit.training.optim import OptimConfig
 from sae_kit.training.schedules import ScheduleConfig
 
@@ -26,12 +26,20 @@ class SAEEntry:
 
     sae: SAEConfig
     """architecture and its own fields"""
-    hook: str
-    """site that is read and reconstructed, e.g. blocks.8.hook_resid_pre"""
+    hook: str | tuple[str, ...]
+    """site that is read, e.g. blocks.8.hook_resid_pre; several for a crosscoder or a cross-layer transcoder"""
+    hook_out: str | tuple[str, ...] | None = None
+    """site that is written, if it is another one: the SAE is then a transcoder"""
     lr: float | None = None
     """learning rate of this SAE; None = optim.lr"""
     seed: int | None = None
     """seed of the initial weights; None = from the run's seed"""
+
+    @property
+    def sites(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Sites that are read, and sites that are written."""
+        read, written = ((site,) if isinstance(site, str) else site for site in (self.hook, self.hook_out or self.hook))
+        return read, written
 
 
 @dataclass(frozen=True, kw_only=True)

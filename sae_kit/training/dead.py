@@ -35,6 +35,6 @@ class DeadLatents:
             self.candidates = self.mask().nonzero().squeeze(1)
             self._next_refresh = tokens + self.refresh_every
 
-    def mask(self) -> Bool[Tensor, " d_sae"]:
+    def mask(self) -> Bool[Tensor, " n_latents"]:
         """Which latents are dead now."""
         return self._sae.tokens_since_fired >= self.after

@@ -1,4 +1,4 @@
-"""What one SAE is trained on: reconstruction, the architecture's own terms, and AuxK for dead latents.
+"""What one SAE is trained on: reconstruction, the architecture's own terms, and the terms for dead latents.
 
 Losses live in training space (normalised activations), whatever the units of the model.
 """
@@ -12,58 +12,78 @@ from torch import Tensor
 
 from sae_kit.data.batch import Batch
 from sae_kit.ops import Codes, SparseCodes, widen
-from sae_kit.sae import SAE, Encoding
+from sae_kit.sae import SAE, AuxiliaryTask, Encoding, squared_error
 from sae_kit.training.dead import DeadLatents
 
 
 class Pass(NamedTuple):
     """One forward pass in training space; tensors are in the dtype of the SAE."""
 
-    x: Float[Tensor, "batch d_in"]
-    y: Float[Tensor, "batch d_out"]
+    x: Float[Tensor, "rows ..."]
+    y: Float[Tensor, "rows ..."]
     encoding: Encoding
-    y_hat: Float[Tensor, "batch d_out"]
+    y_hat: Float[Tensor, "rows ..."]
+    scale: Float[Tensor, "..."] | None
+    """of rows that were normalised one by one, to undo it; see `Normalization.undo`"""
+    shift: Float[Tensor, "..."] | None
 
 
-def training_pass(sae: SAE, batch: Batch) -> Pass:
-    """Normalise, encode and reconstruct raw rows."""
-    x, y = sae.norm_in(batch.x.to(sae.dtype)), sae.norm_in(batch.y.to(sae.dtype))
-    encoding = sae.encoding(x)
-    return Pass(x, y, encoding, sae.reconstruct(encoding.codes))
+class Losses(NamedTuple):
+    """What is minimised, and what is logged."""
+
+    total: Float[Tensor, ""]
+    terms: dict[str, Float[Tensor, ""]]
+    """by name, each with its coefficient; parts that are logged beside the reconstruction among them"""
 
 
-def training_losses(
-    sae: SAE, run: Pass, coefficients: Mapping[str, float], dead: DeadLatents
-) -> dict[str, Float[Tensor, ""]]:
-    """All loss terms of a pass, each with its coefficient; `dead` has observed its codes already."""
-    error = widen(run.y) - widen(run.y_hat)
-    terms = {"mse_loss": error.square().sum(dim=1).mean()}
-    terms |= sae.sparsity_losses(run.encoding, run.y, coefficients)
-    aux_coefficient = sae.cfg.aux_coefficient
-    if aux_coefficient and len(dead.candidates):
-        aux_k = sae.cfg.aux_k or max(sae.d_in // 2, 1)
-        aux = aux_coefficient * auxk_loss(sae, run, error.detach(), dead, aux_k)
-        own = terms.get("auxiliary_reconstruction_loss", 0.0)  # the gated SAE has a term of this name
-        terms["auxiliary_reconstruction_loss"] = own + aux
-    return terms
+def training_pass(sae: SAE, batch: Batch, values: Mapping[str, float]) -> Pass:
+    """Normalise, encode by the rule of training, and reconstruct raw rows."""
+    x, scale, shift = sae.norm_in.normalize(batch.x.to(sae.dtype))
+    y = x if batch.y is batch.x and sae.geometry.same_site else sae.norm_target(batch.y.to(sae.dtype))
+    encoding = sae.training_encoding(x, values)
+    if encoding.extra is None:
+        encoding = encoding._replace(extra=sae.extra_output(x))
+    y_hat = sae.reconstruct(encoding.codes)
+    return Pass(x, y, encoding, y_hat if encoding.extra is None else y_hat + encoding.extra, scale, shift)
 
 
-def auxk_loss(
-    sae: SAE, run: Pass, residual: Float[Tensor, "batch d_out"], dead: DeadLatents, aux_k: int
-) -> Float[Tensor, ""]:
+def training_losses(sae: SAE, run: Pass, values: Mapping[str, float], dead: DeadLatents) -> Losses:
+    """All loss terms of a pass; `values` are coefficients and schedules, `dead` has observed its codes already."""
+    cfg = sae.cfg
+    objective, parts = sae.reconstruction_loss(run.encoding, run.y, run.y_hat)
+    unit = None
+    if cfg.reconstruction_loss == "fvu":
+        unit = total_variance(run.y)
+        objective = objective / unit
+    terms = {"mse_loss": squared_error(run.y_hat, run.y) if parts else objective, **parts}
+    own = sae.sparsity_losses(run.encoding, run.y, values)
+    if cfg.aux_coefficient and len(dead.candidates):
+        aux_k = cfg.aux_k or max(sae.d_out // 2, 1)
+        tasks = sae.auxiliary_tasks(run.encoding, run.y, run.y_hat, dead.candidates)
+        found = [task.weight * auxk_loss(sae, run, task, dead, aux_k) for task in tasks]
+        if found:
+            aux = cfg.aux_coefficient * torch.stack(found).sum() / (1.0 if unit is None else unit)
+            # The gated SAE has a term of this name.
+            own["auxiliary_reconstruction_loss"] = own.get("auxiliary_reconstruction_loss", 0.0) + aux
+    if cfg.pre_act_loss_coefficient is not None:
+        own["pre_act_loss"] = cfg.pre_act_loss_coefficient * pre_act_loss(sae, run.encoding, dead)
+    return Losses(torch.stack([objective, *own.values()]).sum(), terms | own)
+
+
+def auxk_loss(sae: SAE, run: Pass, task: AuxiliaryTask, dead: DeadLatents, aux_k: int) -> Float[Tensor, ""]:
     """AuxK (Gao et al. 2024, A.2): each row's `aux_k` strongest dead latents reconstruct what the living ones missed.
 
     min(n_dead / aux_k, 1) · V_y · E‖e − ê‖² / V_e with the variances V of target y and residual e, so that a
     coefficient means the same in any units. Gradients reach the encoder, bias and decoder rows of dead latents alone.
     """
-    latents = dead.candidates
-    W_dec = sae.W_dec[latents]
-    still_dead = sae.tokens_since_fired[latents] >= dead.after
-    acts = torch.relu(sae.preactivations(run.x, latents)) * still_dead
+    _, layer, latents, residual = task
+    W_dec = sae.geometry.decoder(sae.W_dec, layer)[latents]
+    still_dead = sae.geometry.latents(sae.tokens_since_fired, layer)[latents] >= dead.after
+    acts = sae.activation(sae.preactivations_of(run.x, latents, layer)) * still_dead
     if len(latents) > aux_k:
-        ranked = acts.detach()
+        ranked = acts.detach().abs()
         if sae.rescales:
-            ranked = ranked * torch.linalg.vector_norm(W_dec.detach(), dim=1)
+            ranked = ranked * sae.geometry.block_norms(W_dec.detach())
         chosen = ranked.topk(aux_k, dim=1, sorted=False).indices
         codes: Codes = SparseCodes(acts.gather(1, chosen), chosen, len(latents), (len(acts),))
         explained = codes.decode(W_dec)
@@ -71,10 +91,27 @@ def auxk_loss(
         explained = acts @ W_dec
     few = (still_dead.sum() / aux_k).clamp(max=1.0)
     variance = total_variance(residual)
-    scale = torch.where(variance > 0, few * total_variance(widen(run.y)) / variance, 0.0)
+    target = sae.geometry.written(run.y, layer)
+    scale = torch.where(variance > 0, few * total_variance(target) / variance, 0.0)
     return scale.detach() * (residual - widen(explained)).square().sum(dim=1).mean()
 
 
-def total_variance(rows: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:
-    """E‖row − mean row‖² over the batch."""
-    return (rows - rows.mean(dim=0)).square().sum(dim=1).mean()
+def pre_act_loss(sae: SAE, encoding: Encoding, dead: DeadLatents) -> Float[Tensor, ""]:
+    """E_b Σ relu(θ_i − h_i) n_i over dead latents, or over all (Anthropic, January 2025).
+
+    n is a constant: a lone gradient moves a parameter at full speed under Adam, and would shrink dead decoder rows.
+    """
+    assert encoding.pre is not None
+    pre, norms, threshold = widen(encoding.pre), sae.decoder_norms().detach(), sae.gate_threshold()
+    below = -pre if threshold is None else threshold - pre
+    if sae.cfg.pre_act_on == "dead":
+        latents = dead.candidates
+        weight = norms[latents] * (sae.tokens_since_fired[latents] >= dead.after)
+        return (torch.relu(below[:, latents]) * weight).sum(dim=1).mean()
+    return (torch.relu(below) * norms).sum(dim=1).mean()
+
+
+def total_variance(rows: Float[Tensor, "rows ..."]) -> Float[Tensor, ""]:
+    """E‖row − mean row‖² over the batch, without gradient."""
+    flat = widen(rows.detach()).flatten(1)
+    return (flat - flat.mean(dim=0)).square().sum(dim=1).mean()

@@ -5,7 +5,7 @@ both cover all rows since the last `take`, whatever the batch size. Dead latents
 frequencies are of a window of their own.
 """
 
-from collections.abc import Mapping
+import math
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,7 @@ from sae_kit import ops
 from sae_kit.evals.moments import Moments
 from sae_kit.sae import SAE
 from sae_kit.training.dead import DeadLatents
-from sae_kit.training.losses import Pass
+from sae_kit.training.losses import Losses, Pass
 
 
 class TrainingMetrics:
@@ -25,7 +25,7 @@ class TrainingMetrics:
         self._sae, self._dead = sae, dead
         self._density_window = density_window
         self._window_rows, self._window_counts = 0, sae.firing_count.clone()
-        self._density = torch.zeros(sae.d_sae, dtype=torch.float64, device=sae.device)
+        self._density = torch.zeros(sae.geometry.n_latents, dtype=torch.float64, device=sae.device)
         self._has_window = False
         self._reset()
 
@@ -35,29 +35,34 @@ class TrainingMetrics:
         self._rows = 0
         self._steps = 0
         self._terms: dict[str, Tensor] = {}
-        self._target = Moments(self._sae.d_in, device=device)
-        self._squared_error, self._active = zero.clone(), zero.clone()
+        shape = self._sae.geometry.out_shape
+        self._targets = [Moments(shape[-1], device=device) for _ in range(math.prod(shape[:-1]))]
+        self._details: dict[str, Tensor] = {}
+        self._squared_error = zero.repeat(len(self._targets))
+        self._active = zero.clone()
         self._norm, self._clipped = zero.clone(), zero.clone()
 
     @torch.no_grad()
     def update(
         self,
         run: Pass,
-        terms: Mapping[str, Float[Tensor, ""]],
-        target: Float[Tensor, "batch d_out"],
+        losses: Losses,
+        target: Float[Tensor, "rows ..."],
         grad_norm: Float[Tensor, ""],
         clip: float | None,
     ) -> None:
         """Add one step; `target` holds the raw rows that were to be reproduced."""
         rows = len(target)
-        for name, term in terms.items():
-            added = term.detach().double() * rows
-            self._terms[name] = self._terms[name] + added if name in self._terms else added
+        for name, term in {"overall_loss": losses.total, **losses.terms}.items():
+            _add(self._terms, name, term.double() * rows)
+        for name, value in run.encoding.details.items():
+            _add(self._details, name, value.double() * rows)
         self._rows += rows
         self._steps += 1
-        self._target.update(target)
-        error = self._sae.norm_in.inverse(run.y_hat) - target
-        self._squared_error += error.square().sum(dtype=torch.float64)
+        error = self._sae.norm_target.undo(run.y_hat, run.scale, run.shift) - target
+        for site, (moments, values) in enumerate(zip(self._targets, _by_site(target), strict=True)):
+            moments.update(values)
+            self._squared_error[site] += _by_site(error)[site].square().sum(dtype=torch.float64)
         self._active += ops.l0(run.encoding.codes).sum()
         self._norm += grad_norm
         if clip is not None:
@@ -74,21 +79,21 @@ class TrainingMetrics:
     def take(self) -> dict[str, float | int]:
         """Values by name, of all steps since the last call."""
         sae, rows = self._sae, max(self._rows, 1)
-        total = self._target.m2.item()
-        fvu = self._squared_error.item() / total if total > 0 else float("nan")
+        errors, totals = self._squared_error.tolist(), [moments.m2.item() for moments in self._targets]
+        fvu = _ratio(sum(errors), sum(totals))
         terms = {f"losses/{name}": value.item() / rows for name, value in self._terms.items()}
         dead = self._dead.mask().sum().item()
         density = self._density if self._has_window else self._density_since_window_start()
         since = sae.tokens_since_fired
         metrics: dict[str, float | int] = {
-            "losses/overall_loss": sum(terms.values()),
+            "losses/overall_loss": terms.pop("losses/overall_loss", 0.0),
             **terms,
             "metrics/explained_variance": 1 - fvu,
             "metrics/fvu": fvu,
             "metrics/l0": self._active.item() / rows,
             "metrics/mean_log10_feature_sparsity": torch.log10(density + 1e-10).mean().item(),
             "sparsity/dead_features": int(dead),
-            "sparsity/dead_fraction": dead / sae.d_sae,
+            "sparsity/dead_fraction": dead / sae.geometry.n_latents,
             "sparsity/dead_features_1e5": int((since >= 100_000).sum()),
             "sparsity/dead_features_1e6": int((since >= 1_000_000).sum()),
             "sparsity/below_1e-5": int((density < 1e-5).sum()),
@@ -96,5 +101,23 @@ class TrainingMetrics:
             "optim/grad_norm": self._norm.item() / max(self._steps, 1),
             "optim/clipped_fraction": self._clipped.item() / max(self._steps, 1),
         }
+        metrics |= {f"metrics/{name}": value.item() / rows for name, value in self._details.items()}
+        metrics |= {name: value.item() for name, value in sae.training_state().items()}
+        if len(totals) > 1:
+            for site, (error, total) in enumerate(zip(errors, totals, strict=True)):
+                metrics[f"metrics/explained_variance_site_{site}"] = 1 - _ratio(error, total)
         self._reset()
         return metrics
+
+
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    value = value.detach()
+    sums[name] = sums[name] + value if name in sums else value
+
+
+def _by_site(rows: Float[Tensor, "rows ..."]) -> list[Float[Tensor, "rows width"]]:
+    return [rows] if rows.ndim == 2 else list(rows.unbind(1))
+
+
+def _ratio(part: float, total: float) -> float:
+    return part / total if total > 0 else float("nan")

@@ -93,7 +93,12 @@ def clip_gradients(parameters: Iterable[Tensor], limit: float | None) -> Tensor:
 
 @torch.no_grad()
 def project_decoder_gradient(sae: SAE) -> None:
-    """Unit decoder rows: remove the part of the gradient along each row, which the constraint would undo."""
-    if sae.cfg.decoder_norm_constraint == "unit" and sae.W_dec.grad is not None:
-        rows = sae.W_dec / sae.decoder_norms().to(sae.dtype)[:, None]
-        sae.W_dec.grad -= (sae.W_dec.grad * rows).sum(dim=1, keepdim=True) * rows
+    """Decoder rows of constant norm: remove the part of the gradient that would change it, which is undone anyway."""
+    if sae.cfg.decoder_norm_constraint != "unit":
+        return
+    for layer in range(sae.geometry.layers):
+        block = sae.W_dec[layer] if sae.geometry.cross_layer else sae.W_dec
+        if block.grad is not None:
+            normals = sae.geometry.normals(block.flatten(1))
+            gradient = block.grad.flatten(1)
+            gradient -= (gradient * normals).sum(dim=1, keepdim=True) * normals

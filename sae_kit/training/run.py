@@ -6,6 +6,7 @@
 - `saes/NAME/`: the SAE, ready for use
 """
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -20,12 +21,13 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from sae_kit import config as trees
-from sae_kit.data.capture import load_model, resolve, site_width
+from sae_kit.data.capture import load_model, site_width
 from sae_kit.data.store import ActivationsStore, default_context
 from sae_kit.data.tokens import excluded_ids, held_out_rows, special_id
 from sae_kit.errors import ConfigError, OutputExistsError, ShapeError
 from sae_kit.evals import Metrics, evaluate
-from sae_kit.sae import SAE, SAEConfig
+from sae_kit.sae import SAE
+from sae_kit.sae_config import SAEConfig
 from sae_kit.seeding import derive_seed
 from sae_kit.training.callbacks import JSONL, Callback, Console, Wandb
 from sae_kit.training.config import RunConfig, SAEEntry
@@ -104,7 +106,7 @@ def run(
         model,
         cfg.data,
         cfg.buffer,
-        sites=sorted({entry.hook for entry in cfg.saes.values()}),
+        sites=sorted({site for entry in cfg.saes.values() for sites in entry.sites for site in sites}),
         train_tokens=cfg.train.tokens,
         batch_tokens=cfg.train.batch_tokens,
         seed=cfg.seed,
@@ -182,35 +184,54 @@ def build_saes(cfg: RunConfig, model: nn.Module, tokenizer: Any) -> dict[str, SA
     Raises:
         HookNotFoundError, ShapeError: a site that the model lacks, or whose width is not the config's `d_in`.
     """
-    for entry in cfg.saes.values():
-        resolve(model, entry.hook)
     return {
-        name: _complete(cfg, entry, site_width(model, entry.hook), model, tokenizer).build(
+        name: _complete(cfg, entry, model, tokenizer).build(
             seed=entry.seed if entry.seed is not None else derive_seed(cfg.seed, "init", name)
         )
         for name, entry in cfg.saes.items()
     }
 
 
-def _complete(cfg: RunConfig, entry: SAEEntry, width: int, model: nn.Module, tokenizer: Any) -> SAEConfig:
+def _complete(cfg: RunConfig, entry: SAEEntry, model: nn.Module, tokenizer: Any) -> SAEConfig:
+    reads, writes = entry.sites
+    read, written = ({site: site_width(model, site) for site in sites} for sites in (reads, writes))
+    for sites in (read, written):
+        if len(set(sites.values())) > 1:
+            found = ", ".join(f"{site!r} {width}" for site, width in sites.items())
+            raise ShapeError(f"the sites of one SAE have to be of one width, found {found}")
+    width = read[reads[0]]
     if entry.sae.d_in not in (None, width):
         raise ShapeError(
-            f"sae.d_in is {entry.sae.d_in}, but {entry.hook!r} is {width} wide: leave d_in out or set it to {width}"
+            f"sae.d_in is {entry.sae.d_in}, but {reads[0]!r} is {width} wide: leave d_in out or set it to {width}"
         )
+    several = not isinstance(entry.hook, str)
+    shapes: dict[str, Any] = {"d_in": width, "in_shape": (len(reads), width) if several else None}
+    if entry.hook_out is not None or entry.sae.cross_layer:
+        d_out = written[writes[0]]
+        shapes["out_shape"] = (d_out,) if isinstance(entry.hook_out, str) else (len(writes), d_out)
+    for name, shape in shapes.items():
+        if name != "d_in" and getattr(entry.sae, name) not in (None, shape):
+            raise ShapeError(f"sae.{name} is {getattr(entry.sae, name)}, the sites give {shape}: leave it out")
     facts: dict[str, Any] = {
         "model_name": cfg.model.name,
-        "hook_name": entry.hook,
+        "hook_name": None if several else entry.hook,
+        "hook_name_out": entry.hook_out if isinstance(entry.hook_out, str) else None,
         "model_class_name": type(model).__name__,
         "prepend_bos": cfg.data.row_start == "bos" and special_id("bos", tokenizer, "row_start") is not None,
         "exclude_special_tokens": list(excluded_ids(cfg.data.exclude, tokenizer)),
         "context_size": cfg.data.context_size or default_context(model),
         "dataset_path": ", ".join(source.path for source in cfg.data.sources) or None,
     }
+    metadata = dataclasses.replace(entry.sae.metadata, **{k: v for k, v in facts.items() if v is not None})
+    metadata.extra = copy.deepcopy(metadata.extra)
+    if several:
+        ours = metadata.extra.setdefault("sae_kit", {})
+        ours |= {"hook_names": list(reads)} | ({"hook_names_out": list(writes)} if writes != reads else {})
     return dataclasses.replace(
         entry.sae,
-        d_in=width,
+        **shapes,
         normalize_activations=entry.sae.normalize_activations or "expected_average_only_in",
-        metadata=dataclasses.replace(entry.sae.metadata, **{k: v for k, v in facts.items() if v is not None}),
+        metadata=metadata,
     )
 
 

@@ -30,9 +30,12 @@ from sae_kit.training.optim import (
     project_decoder_gradient,
     set_learning_rate,
 )
-from sae_kit.training.schedules import linear_warm_up
+from sae_kit.training.schedules import StepValues
 
 log = logging.getLogger(__name__)
+
+SAMPLE_ROWS = 32_768
+"""Rows that serve for estimates where batches come from an iterator that cannot show what it will give."""
 
 Item = Tensor | Mapping[str, Tensor] | Batch
 """What a stream hands out: rows, rows by site, or what is read and what is to be reproduced."""
@@ -54,8 +57,8 @@ class TrainingResult:
 class SAETrainer:
     """Trains one SAE, or a mapping of them, on an iterator of activations.
 
-    `batches` yields tensors [batch, d_in], mappings from site to such tensors (each SAE takes the site of its entry's
-    `hook`, or the one in its `cfg.metadata.hook_name`), or `Batch(x, y)`. `evaluate` is called after the last step, and
+    `batches` yields tensors [batch, *in_shape], mappings from site to [batch, width] (each SAE takes the sites of its
+    entry, or those in its metadata), or `Batch(x, y)`. `evaluate` is called after the last step, and
     what it returns is handed to the callbacks. Of `cfg` only saes, optim, schedule, train, log and
     buffer.norm_estimate_tokens are read here.
     """
@@ -82,7 +85,7 @@ class SAETrainer:
         device = pick_device(cfg.train.device)
         self._evaluate = evaluate
         self._sites = {
-            name: cfg.saes[name].hook if name in cfg.saes else sae.cfg.metadata.hook_name
+            name: cfg.saes[name].sites if name in cfg.saes else sae.cfg.metadata.sites
             for name, sae in self.saes.items()
         }
         self.in_training = {name: SAEInTraining(cfg, name, sae.to(device)) for name, sae in self.saes.items()}
@@ -138,35 +141,54 @@ class SAETrainer:
         return rows
 
     def _batch(self, item: Item, name: str, sae: SAE) -> Batch:
+        """What this SAE reads and is to reproduce, on its device."""
+        geometry = sae.geometry
         if isinstance(item, Mapping):
-            site = self._sites[name]
-            if site is None or site not in item:
-                raise DataError(f"SAE {name!r} reads {site!r}, the batch holds {', '.join(map(repr, item))}")
-            item = item[site]
-        x, y = (item.x, item.y) if isinstance(item, Batch) else (item, item)
-        if x.ndim != 2 or x.shape[1] != sae.d_in:
-            raise ShapeError(f"SAE {name!r} expects rows of shape [batch, {sae.d_in}], found {list(x.shape)}")
-        if y.shape != x.shape:
-            raise ShapeError(
-                f"SAE {name!r} reproduces rows of shape {list(x.shape)}, found a target of {list(y.shape)}"
+            reads, writes = self._sites[name]
+            x = self._rows_at(item, name, reads)
+            item = x if geometry.same_site else Batch(x, self._rows_at(item, name, writes))
+        elif isinstance(item, Tensor) and not geometry.same_site:
+            raise DataError(
+                f"SAE {name!r} is a {geometry.kind}: it needs what is to be reproduced beside what it reads, as "
+                "Batch(x, y) or as a mapping from sites to rows"
             )
-        return Batch(x.to(sae.device, non_blocking=True), y.to(sae.device, non_blocking=True))
+        x, y = (item.x, item.y) if isinstance(item, Batch) else (item, item)
+        for what, rows, shape in (("rows", x, geometry.in_shape), ("a target", y, geometry.out_shape)):
+            if rows.shape[1:] != shape or len(rows) != len(x):
+                wanted = ", ".join(map(str, ("batch" if rows is x else len(x), *shape)))
+                raise ShapeError(f"SAE {name!r} expects {what} of shape [{wanted}], found {list(rows.shape)}")
+        moved = x.to(sae.device, non_blocking=True)
+        return Batch(moved, moved if y is x else y.to(sae.device, non_blocking=True))
+
+    def _rows_at(self, item: Mapping[str, Tensor], name: str, sites: tuple[str, ...]) -> Tensor:
+        missing = [site for site in sites or (None,) if site not in item]
+        if missing:
+            raise DataError(f"SAE {name!r} reads {missing[0]!r}, the batch holds {', '.join(map(repr, item))}")
+        rows = [item[site] for site in sites]
+        several = len(self.saes[name].geometry.in_shape) > 1
+        return torch.stack(rows, dim=1) if several else rows[0]
 
     def _with_statistics(self) -> Iterator[Item]:
         """All batches, the first of which have already served each SAE to estimate its normalisation."""
-        waiting = {name: part.sae for name, part in self.in_training.items() if part.sae.norm_in.needs_estimate}
+        waiting = {name: part.sae for name, part in self.in_training.items() if _needs_sample(part.sae)}
         stream = iter(self._batches)
-        if waiting:
-            peek = getattr(self._batches, "peek", None)
-            if peek is not None:
-                sample = peek(self.cfg.buffer.norm_estimate_tokens)
-            else:
-                sample = next(stream, None)
-                if sample is None:
-                    return stream
-                stream = itertools.chain([sample], stream)
-            for name, sae in waiting.items():
-                sae.norm_in.estimate(self._batch(sample, name, sae).x)
+        if not waiting:
+            return stream
+        wanted = self.cfg.buffer.norm_estimate_tokens
+        peek = getattr(self._batches, "peek", None)
+        if peek is not None:
+            samples = [peek(wanted)]
+        else:
+            samples = _first(stream, min(wanted, SAMPLE_ROWS))
+            stream = itertools.chain(samples, stream)
+        if not samples:
+            return stream
+        for name, sae in waiting.items():
+            batches = [self._batch(sample, name, sae) for sample in samples]
+            x = torch.cat([batch.x for batch in batches]) if len(batches) > 1 else batches[0].x
+            sae.norm_in.estimate(x)
+            if not sae.geometry.same_site:
+                sae.norm_target.estimate(torch.cat([batch.y for batch in batches]))
         return stream
 
     def _metrics(self) -> dict[str, float | int]:
@@ -188,44 +210,65 @@ class SAEInTraining:
     """One SAE with its optimizer, counters and metrics."""
 
     def __init__(self, cfg: RunConfig, name: str, sae: SAE) -> None:
+        if not sae.trainable:
+            raise ConfigError(
+                f"SAE {name!r}: {sae.cfg.architecture} SAEs are loaded and used; there is no way to train one"
+            )
         total = cfg.train.tokens
         entry = cfg.saes.get(name)
         optim = cfg.optim if entry is None or entry.lr is None else dataclasses.replace(cfg.optim, lr=entry.lr)
         self.sae = sae
         self.optimizer = optim.build(sae)
         self.clip = optim.clip_grad_norm
-        self.dead = DeadLatents(sae, dead_after(sae, cfg), listed=sae.cfg.aux_coefficient > 0)
+        listed = sae.cfg.aux_coefficient > 0 or sae.cfg.pre_act_loss_coefficient is not None
+        self.dead = DeadLatents(sae, dead_after(sae, cfg), listed=listed)
         self.metrics = TrainingMetrics(sae, self.dead, cfg.train.density_window_tokens)
         self.details: dict[str, float] = {}
         self._clipped = clipped_parameters(sae)
-        self._coefficients = {
-            key: (c.value, resolve_tokens(c.warm_up, total, f"{key}_warm_up_tokens"))
-            for key, c in sae.cfg.coefficients().items()
-        }
+        self._schedule = StepValues(sae.cfg, total)
 
     def step(self, batch: Batch, tokens: int, lr_factor: float) -> None:
         """One step on `batch`, after `tokens` rows; `lr_factor` scales the learning rates."""
-        sae = self.sae
+        sae, rows = self.sae, len(batch.x)
         lr = set_learning_rate(self.optimizer, lr_factor)
-        coefficients = {
-            key: value * linear_warm_up(tokens, length) for key, (value, length) in self._coefficients.items()
-        }
-        run = training_pass(sae, batch)
-        self.dead.observe(run.encoding.codes.detach(), len(batch.x), tokens)
-        terms = training_losses(sae, run, coefficients, self.dead)
-        torch.stack(list(terms.values())).sum().backward()
+        values = self._schedule.at(tokens)
+        if self._schedule.k_settles(tokens, rows):
+            sae.schedule_settled()
+        run = training_pass(sae, batch, values)
+        self.dead.observe(run.encoding.codes.detach(), rows, tokens)
+        losses = training_losses(sae, run, values, self.dead)
+        losses.total.backward()
         project_decoder_gradient(sae)
         grad_norm = clip_gradients(self._clipped, self.clip)
+        sae.observe(run.encoding, values)
+        self._schedule.observe(sae, run.encoding)
         self.optimizer.step()
         sae.restore_constraints()
         self.optimizer.zero_grad(set_to_none=True)
-        self.metrics.update(run, terms, batch.y, grad_norm, self.clip)
+        self.metrics.update(run, losses, batch.y, grad_norm, self.clip)
         self.details = {"details/current_learning_rate": lr}
-        self.details |= {f"details/{key}_coefficient": value for key, value in coefficients.items()}
+        self.details |= {
+            f"details/{name}": value for name, value in values.items() if name != "threshold_window_tokens"
+        }
 
     def dead_fraction(self) -> float:
         """Share of latents that have been silent for `dead_after_tokens` of training."""
         return self.dead.mask().double().mean().item()
+
+
+def _needs_sample(sae: SAE) -> bool:
+    return sae.norm_in.needs_estimate or sae.norm_target.needs_estimate
+
+
+def _first(stream: Iterator[Item], rows: int) -> list[Item]:
+    """The first items of a stream, at least so many rows together."""
+    taken: list[Item] = []
+    count = 0
+    while count < rows and (item := next(stream, None)) is not None:
+        taken.append(item)
+        values = item.x if isinstance(item, Batch) else item if isinstance(item, Tensor) else next(iter(item.values()))
+        count += len(values)
+    return taken
 
 
 def dead_after(sae: SAE, cfg: RunConfig) -> int:

@@ -73,7 +73,7 @@ def test_sparsity_losses(mode: str, fields: dict[str, Any]) -> None:
     sae = make_sae("jumprelu", jumprelu_sparsity_loss_mode=mode, **fields)
     u = rows(50)
     encoding = sae.encoding(u)
-    loss = sae.sparsity_losses(encoding, u, {"l0": 0.3})["l0_loss"]
+    loss = sae.sparsity_losses(encoding, u, {"l0_coefficient": 0.3})["l0_loss"]
     acts = sae.encode(u)
     l0 = (acts != 0).sum(dim=1).float()
     smooth = torch.tanh(4.0 * acts * sae.decoder_norms())

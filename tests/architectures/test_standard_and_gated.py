@@ -26,13 +26,13 @@ def test_lp_penalty(p: float) -> None:
 
 def test_standard_penalty_ignores_how_length_is_shared_between_code_and_decoder() -> None:
     sae, u = make_sae("standard"), rows(20)
-    before = sae.sparsity_losses(sae.encoding(u), u, {"l1": 2.0})["l1_loss"]
+    before = sae.sparsity_losses(sae.encoding(u), u, {"l1_coefficient": 2.0})["l1_loss"]
     torch.testing.assert_close(before, 2.0 * (sae.encode(u) * sae.decoder_norms()).sum(dim=1).mean())
     factor = torch.linspace(0.3, 3.0, D_SAE)
     with torch.no_grad():
         sae.scale_latents(1 / factor)
         sae.W_dec *= factor[:, None]
-    after = sae.sparsity_losses(sae.encoding(u), u, {"l1": 2.0})["l1_loss"]
+    after = sae.sparsity_losses(sae.encoding(u), u, {"l1_coefficient": 2.0})["l1_loss"]
     torch.testing.assert_close(after, before)
 
 
@@ -40,7 +40,7 @@ def test_standard_penalty_does_not_move_silent_latents() -> None:
     sae, u = make_sae("standard"), rows(20)
     with torch.no_grad():
         sae.b_enc[3] = -100
-    sae.sparsity_losses(sae.encoding(u), u, {"l1": 1.0})["l1_loss"].backward()
+    sae.sparsity_losses(sae.encoding(u), u, {"l1_coefficient": 1.0})["l1_loss"].backward()
     assert sae.W_enc.grad is not None
     assert sae.W_dec.grad is not None
     assert (sae.W_enc.grad[:, 3] == 0).all()
@@ -51,7 +51,7 @@ def test_standard_penalty_does_not_move_silent_latents() -> None:
 def test_gated_auxiliary_loss_sees_a_frozen_decoder() -> None:
     sae, u = make_sae("gated"), rows(20)
     y = rows(20, seed=4)
-    losses = sae.sparsity_losses(sae.encoding(u), y, {"l1": 0.7})
+    losses = sae.sparsity_losses(sae.encoding(u), y, {"l1_coefficient": 0.7})
     gate = torch.relu((u - sae.b_dec) @ sae.W_enc + sae.get_parameter("b_gate"))
     torch.testing.assert_close(losses["l1_loss"], 0.7 * (gate * sae.decoder_norms()).sum(dim=1).mean())
     expected = (gate @ sae.W_dec + sae.b_dec - y).square().sum(dim=1).mean()
@@ -61,14 +61,16 @@ def test_gated_auxiliary_loss_sees_a_frozen_decoder() -> None:
     assert (sae.get_parameter("b_gate").grad != 0).any()
     assert sae.get_parameter("b_mag").grad is None
     attached = make_sae("gated", detach_aux_decoder=False)
-    attached.sparsity_losses(attached.encoding(u), u, {"l1": 0.0})["auxiliary_reconstruction_loss"].backward()
+    attached.sparsity_losses(attached.encoding(u), u, {"l1_coefficient": 0.0})[
+        "auxiliary_reconstruction_loss"
+    ].backward()
     assert attached.W_dec.grad is not None
 
 
 def test_gated_frozen_decoder_keeps_the_bias_out_too() -> None:
     """b_dec is read by the encoder (which may learn) and added by the frozen decoder (which may not)."""
     sae, u = make_sae("gated", apply_b_dec_to_input=False), rows(20)
-    sae.sparsity_losses(sae.encoding(u), u, {"l1": 0.0})["auxiliary_reconstruction_loss"].backward()
+    sae.sparsity_losses(sae.encoding(u), u, {"l1_coefficient": 0.0})["auxiliary_reconstruction_loss"].backward()
     assert sae.b_dec.grad is None
 
 

@@ -7,9 +7,11 @@ import torch
 from helpers import ARCHITECTURES, D_SAE, make_config, make_sae, rows
 
 from sae_kit import Batch
-from sae_kit.sae import SAE
+from sae_kit.sae import SAE, AuxiliaryTask
+from sae_kit.training import losses
 from sae_kit.training.dead import DeadLatents
-from sae_kit.training.losses import Pass, auxk_loss, training_losses, training_pass
+from sae_kit.training.losses import Losses, Pass, training_pass
+from sae_kit.training.schedules import StepValues
 
 
 def with_dead(dead: list[int], *, after: int = 100, **fields: Any) -> tuple[SAE, DeadLatents]:
@@ -25,7 +27,21 @@ def with_dead(dead: list[int], *, after: int = 100, **fields: Any) -> tuple[SAE,
 
 def reading(sae: SAE, x: torch.Tensor) -> Pass:
     """A pass over rows that are in training space already."""
-    return Pass(x, x, sae.encoding(x), x)
+    return Pass(x, x, sae.encoding(x), x, None, None)
+
+
+def auxk_loss(sae: SAE, run: Pass, residual: torch.Tensor, counters: DeadLatents, aux_k: int) -> torch.Tensor:
+    """AuxK of all candidates on a given residual."""
+    return losses.auxk_loss(sae, run, AuxiliaryTask(1.0, 0, counters.candidates, residual), counters, aux_k)
+
+
+def values_of(sae: SAE, **given: float) -> dict[str, float]:
+    """The values of a step with all coefficients reached, those given replaced."""
+    return StepValues(sae.cfg, 10**9).at(10**9) | given
+
+
+def training_losses(sae: SAE, run: Pass, given: dict[str, float], counters: DeadLatents) -> Losses:
+    return losses.training_losses(sae, run, values_of(sae, **given), counters)
 
 
 def formula(sae: SAE, x: torch.Tensor, residual: torch.Tensor, dead: list[int], aux_k: int) -> torch.Tensor:
@@ -106,7 +122,7 @@ def test_auxk_scales_like_the_reconstruction_loss() -> None:
 
 def observed(sae: SAE, u: torch.Tensor, counters: DeadLatents, tokens: int = 0) -> Pass:
     """A pass whose codes the counters have seen, as in a step."""
-    run = training_pass(sae, Batch(u, u))
+    run = training_pass(sae, Batch(u, u), values_of(sae))
     counters.observe(run.encoding.codes.detach(), len(u), tokens)
     return run
 
@@ -119,11 +135,11 @@ def test_terms_and_counters(name: str) -> None:
     sae.tokens_since_fired += 7
     counters = DeadLatents(sae, 1000)
     run = observed(sae, u, counters)
-    terms = training_losses(sae, run, dict.fromkeys(sae.cfg.coefficients(), 0.5), counters)
+    terms = training_losses(sae, run, dict.fromkeys(sae.cfg.coefficients(), 0.5), counters).terms
     x = u * sae.norm_in.scale
     expected = (sae(u) * sae.norm_in.scale - x).square().sum(dim=1).mean()
     torch.testing.assert_close(terms["mse_loss"], expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(sae.norm_in.inverse(run.y_hat), sae(u), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(sae.norm_in.undo(run.y_hat), sae(u), rtol=1e-5, atol=1e-4)
     fired = sae.encode(u) != 0
     assert torch.equal(sae.firing_count, fired.sum(dim=0))
     assert torch.equal(sae.tokens_since_fired, torch.where(fired.any(dim=0), 0, 57))
@@ -141,18 +157,19 @@ def test_auxk_within_all_losses(aux_k: int | None) -> None:
             one.b_enc[dead] -= 3.0  # never among the largest
     x, y = rows(64, dtype=torch.float64), rows(64, seed=8, dtype=torch.float64)
     counters = DeadLatents(sae, after=64)  # dead after this very batch, and not before it
-    run = training_pass(sae, Batch(x, y))
+    run = training_pass(sae, Batch(x, y), values_of(sae))
     counters.observe(run.encoding.codes.detach(), 64, 0)
     silent = (sae.encode(x) == 0).all(dim=0).nonzero().squeeze(1).tolist()
     assert set(dead) <= set(silent)
-    terms = training_losses(sae, run, {}, counters)
+    found = training_losses(sae, run, {}, counters)
+    terms = found.terms
     y_hat = reference(x)
     mse = (y_hat - y).square().sum(dim=1).mean()
     residual = (y - y_hat).detach()
     aux = formula(reference, x, residual, silent, aux_k or sae.d_in // 2)
     aux = aux * (y - y.mean(0)).square().sum() / (x - x.mean(0)).square().sum()  # the formula took x for the target
     torch.testing.assert_close(terms["auxiliary_reconstruction_loss"], 0.3 * aux, rtol=1e-10, atol=1e-10)
-    sum(terms.values(), torch.zeros(())).backward()
+    found.total.backward()
     (mse + 0.3 * aux).backward()
     for (name, parameter), other in zip(sae.named_parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-9, atol=1e-9, msg=name)
@@ -164,8 +181,8 @@ def test_gated_keeps_its_own_auxiliary_term_beside_auxk() -> None:
         sae.get_parameter("b_gate")[:5] = -100
     counters, plain = DeadLatents(sae, 50), DeadLatents(sae, 10**6)
     run = observed(sae, rows(50), counters)
-    both = training_losses(sae, run, {"l1": 0.0}, counters)["auxiliary_reconstruction_loss"]
-    own = training_losses(sae, run, {"l1": 0.0}, plain)["auxiliary_reconstruction_loss"]
+    both = training_losses(sae, run, {"l1_coefficient": 0.0}, counters).terms["auxiliary_reconstruction_loss"]
+    own = training_losses(sae, run, {"l1_coefficient": 0.0}, plain).terms["auxiliary_reconstruction_loss"]
     residual = (run.y - run.y_hat).detach()
     torch.testing.assert_close(both, own + 0.5 * auxk_loss(sae, run, residual, counters, 16))
     (both - own).backward()

@@ -21,6 +21,7 @@ from sae_kit.training.callbacks import JSONL, Callback
 from sae_kit.training.dead import DeadLatents
 from sae_kit.training.losses import training_losses, training_pass
 from sae_kit.training.optim import OptimConfig, clip_gradients, clipped_parameters
+from sae_kit.training.schedules import StepValues
 from sae_kit.training.trainer import SAEInTraining, dead_after
 
 BATCH = 64
@@ -120,10 +121,9 @@ def test_one_step_by_hand(name: str) -> None:
     x = next(batches()).double()
     part.step(Batch(x, x), 0, 1.0)
     assert all(p.grad is None for p in sae.parameters())
-    run = training_pass(reference, Batch(x, x))
-    coefficients = {key: c.value for key, c in reference.cfg.coefficients().items()}
-    terms = training_losses(reference, run, coefficients, DeadLatents(reference, 10**9))
-    sum(terms.values(), torch.zeros(())).backward()
+    values = StepValues(reference.cfg, 10**9).at(10**9)
+    run = training_pass(reference, Batch(x, x), values)
+    training_losses(reference, run, values, DeadLatents(reference, 10**9)).total.backward()
     W_dec = reference.W_dec
     assert W_dec.grad is not None
     radial = (W_dec.grad * W_dec).sum(dim=1, keepdim=True) * W_dec
@@ -423,7 +423,7 @@ def test_bad_input_is_named() -> None:
         SAETrainer(run_config(), sae, iter(()), callbacks=[]).fit()
     with pytest.raises(ShapeError, match=r"SAE 'sae' expects rows of shape \[batch, 32\], found \[4, 31\]"):
         SAETrainer(run_config(), make_sae("topk"), [torch.zeros(4, 31)], callbacks=[]).fit()
-    with pytest.raises(ShapeError, match=r"SAE 'sae' reproduces rows of shape \[4, 32\], found a target of \[4, 31\]"):
+    with pytest.raises(ShapeError, match=r"SAE 'sae' expects a target of shape \[4, 32\], found of \[4, 31\]"):
         SAETrainer(run_config(), make_sae("topk"), [Batch(torch.zeros(4, 32), torch.zeros(4, 31))], callbacks=[]).fit()
     with pytest.raises(DataError, match=r"SAE 'sae' reads None, the batch holds 'a'"):
         SAETrainer(run_config(), make_sae("topk"), [{"a": torch.zeros(4, 32)}], callbacks=[]).fit()

@@ -1,0 +1,248 @@
+"""What the TopK family shares: latents are compared with each other instead of being penalised.
+
+z = h·n, n the norm of the decoder row (or z = h without rescaling) decides who is kept. The kept value is relu(h)·n and
+the decoder divides by n again, so n decides only the ranking and its gradient is zero. The codes here carry relu(h);
+`encode` multiplies by n.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_kit.annealing import KAnnealing
+from sae_kit.config import Tokens, resolve_tokens
+from sae_kit.conversions import to_jumprelu, to_topk
+from sae_kit.errors import ConfigError
+from sae_kit.ops import SparseCodes
+from sae_kit.sae import SAE, Encoding
+from sae_kit.sae_config import SAEConfig, training_only
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionConfig(SAEConfig):
+    """Fields of every architecture that keeps a number of latents."""
+
+    rescale_acts_by_decoder_norm: bool = True
+    """rank and report latents as h·n, n the norm of their decoder row"""
+    aux_coefficient: float = training_only(1 / 32)
+    """weight of AuxK, the loss in which dead latents explain what the living ones miss; 0 = off"""
+    k_annealing: KAnnealing | None = training_only(None)
+    """begin with a larger k; None = the same k throughout"""
+
+    def check_k(self, k: int | float) -> None:
+        """Refuse numbers of latents that cannot be selected."""
+        if not 0 < k <= self.d_sae:
+            raise ConfigError(f"k must lie between 1 and d_sae = {self.d_sae}, found {k}")
+        if self.k_annealing is not None and not k <= self.k_annealing.start <= self.d_sae:
+            raise ConfigError(
+                f"k_annealing.start must lie between k = {k} and d_sae = {self.d_sae}, found {self.k_annealing.start}"
+            )
+
+
+class SelectionSAE(SAE):
+    """Latents are ranked; whoever is selected passes through `activation`."""
+
+    norm_fold_is_exact = False
+
+    def ranked(self, pre: Float[Tensor, "rows n_latents"]) -> Float[Tensor, "rows n_latents"]:
+        """z, without gradient."""
+        return pre.detach() * self.decoder_norms().detach() if self.rescales else pre.detach()
+
+    def _rows(
+        self, x: Float[Tensor, "..."], on_pre: Callable[[Tensor], Tensor] | None
+    ) -> tuple[Tensor, Float[Tensor, "rows n_latents"]]:
+        pre = self.preactivations(x)
+        pre = on_pre(pre) if on_pre else pre
+        return pre, pre.reshape(-1, self.geometry.n_latents)
+
+
+# ---- k of each row -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSelectionConfig(SelectionConfig):
+    """k latents of each row."""
+
+    k: int = 32
+    """latents selected in each row; of a cross-layer transcoder, in each layer"""
+    selection: Literal["topk", "groupmax"] = "topk"
+    """groupmax: the largest of each of k groups of neighbours, which needs no sorting"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_k(self.k)
+        if self.selection == "groupmax" and self.d_sae % self.k:
+            raise ConfigError(f"groupmax needs d_sae to be a multiple of k, found {self.d_sae} and {self.k}")
+        if self.selection == "groupmax" and self.k_annealing is not None:
+            raise ConfigError("groupmax has as many groups as latents are on: k_annealing does not fit it")
+
+
+class RowSelectionSAE(SelectionSAE):
+    """The k of largest `strength` in each row, each block of a cross-layer transcoder by itself."""
+
+    cfg: RowSelectionConfig
+
+    @abstractmethod
+    def strength(self, z: Float[Tensor, "rows n_latents"]) -> Float[Tensor, "rows n_latents"]:
+        """What latents are compared by."""
+
+    def encoding(self, x: Float[Tensor, "..."], on_pre: Callable[[Tensor], Tensor] | None = None) -> Encoding:
+        return self._select(x, self.cfg.k, on_pre)
+
+    def training_encoding(self, x: Float[Tensor, "rows ..."], values: Mapping[str, float]) -> Encoding:
+        return self._select(x, math.ceil(values.get("k", self.cfg.k)), None)
+
+    def _select(self, x: Float[Tensor, "..."], k: int, on_pre: Callable[[Tensor], Tensor] | None) -> Encoding:
+        pre, rows = self._rows(x, on_pre)
+        blocks = self.strength(self.ranked(rows)).reshape(-1, self.d_sae)
+        chosen = group_maxima(blocks, k) if self.cfg.selection == "groupmax" else blocks.topk(k, sorted=False).indices
+        indices = on_one_axis(chosen, self.geometry.layers, self.d_sae)
+        values = self.activation(rows.gather(1, indices))
+        return Encoding(SparseCodes(values, indices, rows.shape[1], tuple(pre.shape[:-1])), pre)
+
+
+def on_one_axis(chosen: Int[Tensor, "_ k"], layers: int, d_sae: int) -> Int[Tensor, "rows _"]:
+    """Latents of each row and block, numbered along the axis of all latents."""
+    if layers == 1:
+        return chosen
+    first = torch.arange(layers, device=chosen.device)[:, None] * d_sae
+    return (chosen.reshape(-1, layers, chosen.shape[1]) + first).flatten(1)
+
+
+def group_maxima(ranked: Float[Tensor, "rows latents"], k: int) -> Int[Tensor, "rows k"]:
+    """The largest of each of k groups of neighbouring latents (Eleuther's sparsify)."""
+    groups = ranked.unflatten(1, (k, -1))
+    return groups.argmax(dim=2) + torch.arange(k, device=ranked.device) * groups.shape[2]
+
+
+# ---- k·B of a batch of B rows ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSelectionConfig(SelectionConfig):
+    """k latents of each row on average: the k·B largest of a batch of B rows."""
+
+    k: int | float = 32
+    """mean number of latents in each row; of a cross-layer transcoder, in each layer"""
+    k_scope: Literal["layer", "batch"] = "layer"
+    """cross-layer transcoder: k·B in each layer, or layers·k·B over all of them"""
+    threshold_window_tokens: Tokens = training_only(1_000_000)
+    """tokens over which the threshold for use is averaged"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_k(self.k)
+        if resolve_tokens(self.threshold_window_tokens, 100, "threshold_window_tokens") == 0:
+            raise ConfigError("threshold_window_tokens must be positive")
+        if self.k_scope != "layer" and not self.cross_layer:
+            raise ConfigError("k_scope is for cross-layer transcoders: leave it out or set cross_layer")
+
+
+class BatchSelectionSAE(SelectionSAE):
+    """Training keeps the k·B largest of relu(z) over the batch; use keeps relu(z) above the mean threshold of training.
+
+    Which rule runs is decided by the method called, never by `module.training`. θ̄ is an average of τ, the smallest kept
+    value of a batch: m ← βm + (1 − β)τ, w ← βw + (1 − β), θ̄ = m/w, β = exp(−B / window); the division makes it right
+    from the first step on. Before it, `encode` keeps the ceil(k) largest of each row.
+    """
+
+    cfg: BatchSelectionConfig
+    selects_over_batch = True
+    exact_dtype_tensors = SAE.exact_dtype_tensors | {"threshold_average", "threshold_weight"}
+    threshold_average: Tensor
+    threshold_weight: Tensor
+
+    def __init__(self, cfg: BatchSelectionConfig, *, seed: int = 0) -> None:
+        super().__init__(cfg, seed=seed)
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        for name in ("threshold_average", "threshold_weight"):
+            zeros = torch.zeros(self._scopes, dtype=wide, device=self.tokens_seen.device)
+            self.register_buffer(name, zeros if self._scopes > 1 else zeros.squeeze(0))
+
+    @property
+    def _scopes(self) -> int:
+        """Sets of latents that compete with each other."""
+        return self.geometry.layers if self.cfg.k_scope == "layer" else 1
+
+    @property
+    def inference_threshold(self) -> Float[Tensor, " n_latents"] | None:
+        """θ̄ of every latent, in units of z; None before the first estimate."""
+        if not (self.threshold_weight > 0).all():
+            return None
+        threshold = (self.threshold_average / self.threshold_weight).reshape(-1)
+        return threshold.repeat_interleave(self.geometry.n_latents // self._scopes)
+
+    def set_threshold(self, threshold: Float[Tensor, "..."] | float) -> None:
+        """Use this θ̄, in units of z, from now on; training goes on averaging from it."""
+        self.threshold_average.copy_(torch.as_tensor(threshold))
+        self.threshold_weight.fill_(1.0)
+
+    def encoding(self, x: Float[Tensor, "..."], on_pre: Callable[[Tensor], Tensor] | None = None) -> Encoding:
+        pre, rows = self._rows(x, on_pre)
+        z, threshold = self.ranked(rows), self.inference_threshold
+        if threshold is not None:
+            on = z > threshold.clamp(min=0)
+        else:
+            chosen = z.reshape(-1, self.d_sae).topk(math.ceil(self.cfg.k), sorted=False).indices
+            indices = on_one_axis(chosen, self.geometry.layers, self.d_sae)
+            on = torch.zeros_like(z, dtype=torch.bool).scatter_(1, indices, True)
+        return Encoding((torch.relu(rows) * on).reshape(pre.shape), pre)
+
+    def training_encoding(self, x: Float[Tensor, "rows ..."], values: Mapping[str, float]) -> Encoding:
+        _, pre = self._rows(x, None)
+        z = self.ranked(pre)
+        number = max(1, round(values.get("k", self.cfg.k) * len(pre) * self.geometry.layers / self._scopes))
+        width = self.geometry.n_latents // self._scopes
+        parts = []
+        for scope in range(self._scopes):
+            own = z[:, scope * width : (scope + 1) * width].reshape(-1)
+            found = own.topk(min(number, len(own)), sorted=False).indices
+            parts.append(found // width * z.shape[1] + scope * width + found % width)
+        entries = torch.cat(parts).sort().values
+        row, index = entries // z.shape[1], entries % z.shape[1]
+        offsets = torch.zeros(len(pre) + 1, dtype=torch.int64, device=pre.device)
+        offsets.index_add_(0, row + 1, torch.ones_like(row)).cumsum_(0)  # bincount would wait for the device
+        codes = SparseCodes(torch.relu(pre.reshape(-1)[entries]), index, z.shape[1], (len(pre),), offsets)
+        return Encoding(codes, pre)
+
+    @torch.no_grad()
+    def observe(self, encoding: Encoding, values: Mapping[str, float]) -> None:
+        """Take the smallest kept value of this batch into the threshold's average."""
+        codes = encoding.codes
+        assert isinstance(codes, SparseCodes)
+        z = codes.scale(self.decoder_norms()).values if self.rescales else codes.values
+        scope = codes.indices // (self.geometry.n_latents // self._scopes)
+        smallest = torch.full((self._scopes,), torch.inf, dtype=self.threshold_average.dtype, device=z.device)
+        kept = torch.where(z > 0, z, torch.inf).to(smallest.dtype)
+        smallest.scatter_reduce_(0, scope, kept, "amin")
+        smallest = smallest.reshape(self.threshold_average.shape)
+        window = values.get("threshold_window_tokens", 1e6)
+        beta = math.exp(-codes.n_rows / window)
+        any_kept = smallest.isfinite()
+        averaged = beta * self.threshold_average + (1 - beta) * torch.where(any_kept, smallest, 0.0)
+        self.threshold_average.copy_(torch.where(any_kept, averaged, self.threshold_average))
+        self.threshold_weight.copy_(
+            torch.where(any_kept, beta * self.threshold_weight + (1 - beta), self.threshold_weight)
+        )
+
+    def schedule_settled(self) -> None:
+        """k has come to its end: thresholds of larger k count no more."""
+        self.threshold_average.zero_()
+        self.threshold_weight.zero_()
+
+    def training_state(self) -> dict[str, Float[Tensor, ""]]:
+        threshold = self.threshold_average / self.threshold_weight.clamp(min=1e-30)
+        return {"metrics/topk_threshold": threshold.mean()}
+
+    def for_use(self) -> SAE:
+        """A JumpReLU SAE with this threshold; before the first estimate, a TopK SAE."""
+        threshold = self.inference_threshold
+        if threshold is None:
+            return to_topk(self, math.ceil(self.cfg.k))
+        return to_jumprelu(self, threshold.clamp(min=0) / self.decoder_norms() if self.rescales else threshold)

@@ -1,0 +1,105 @@
+"""The same weights under another rule of sparsity.
+
+BatchTopK, TopK and Matryoshka SAEs become JumpReLU ones, which need no other rows to decide: with the threshold that
+training averaged, or with one that is calibrated on data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_kit.errors import ConfigError, DataError
+from sae_kit.registry import get_architecture
+from sae_kit.sae_config import SAEConfig
+
+if TYPE_CHECKING:
+    from sae_kit.sae import SAE
+
+
+class Calibration(NamedTuple):
+    """What a calibration found."""
+
+    threshold: float
+    """of every latent, in units of what the architecture ranks"""
+    l0_before: float
+    """mean number of active latents, by the rule before"""
+    l0_after: float
+    """the same with the threshold"""
+    rows: int
+    """rows that it was measured on"""
+
+
+def to_jumprelu(sae: SAE, threshold: Float[Tensor, " n_latents"] | float) -> SAE:
+    """A JumpReLU SAE of the same weights, whose latents are on above `threshold`, in units of the pre-activation h.
+
+    Decoder norms stay as they are; `codes` are h instead of h·n until they are folded.
+    """
+    new = _rebuilt(sae, "jumprelu")
+    with torch.no_grad():
+        flat = new.get_parameter("threshold").view(-1)
+        flat.copy_(torch.as_tensor(threshold).to(flat).expand_as(flat))
+    return new
+
+
+def to_topk(sae: SAE, k: int) -> SAE:
+    """A TopK SAE of the same weights."""
+    return _rebuilt(sae, "topk", k=k, rescale_acts_by_decoder_norm=sae.rescales)
+
+
+@torch.no_grad()
+def calibrated(sae: SAE, batches: Iterable[Float[Tensor, "..."]], k: float | None = None) -> tuple[SAE, Calibration]:
+    """A JumpReLU SAE with one threshold for all latents, with which k are on per row of `batches` on average.
+
+    Exactly the k·N largest z of N rows lie above it (Bussmann et al. 2024); the report has the L0 of `sae` and of the
+    result. `k=None` takes the SAE's own k. Memory: k·N numbers and the codes of one batch.
+
+    Raises:
+        ConfigError: an architecture without a ranking. DataError: no rows.
+    """
+    from sae_kit.architectures._selection import SelectionSAE
+
+    if not isinstance(sae, SelectionSAE):
+        raise ConfigError(f"only architectures that rank latents can be calibrated, found {sae.cfg.architecture}")
+    samples = list(batches)
+    rows = sum(len(sae.training_space(batch)) for batch in samples)
+    number = round(float(sae.cfg.k if k is None else k) * rows)  # pyright: ignore[reportAttributeAccessIssue]
+    largest, active = torch.empty(0, device=sae.device), 0
+    for batch in samples:
+        z = torch.relu(sae.ranked(sae.preactivations(sae.training_space(batch)))).flatten()
+        largest = torch.cat([largest, z[z > 0]])
+        largest = largest.topk(min(number + 1, len(largest))).values  # one more: the largest that stays off
+        active += int((sae.encode(batch) != 0).sum())
+    if not len(largest):
+        raise DataError("calibration needs rows on which at least one latent is positive, found none")
+    threshold = float(largest[number]) if len(largest) > number else 0.0
+    scale = sae.decoder_norms() if sae.rescales else torch.ones_like(sae.decoder_norms())
+    new = to_jumprelu(sae, threshold / scale)
+    after = sum(int((new.encode(batch) != 0).sum()) for batch in samples)
+    return new, Calibration(threshold, active / rows, after / rows, rows)
+
+
+def _rebuilt(sae: SAE, architecture: str, **fields: Any) -> SAE:
+    """An SAE of another architecture with the same config otherwise, and the same tensors where names agree."""
+    target = get_architecture(architecture)
+    shared = {f.name: getattr(sae.cfg, f.name) for f in dataclasses.fields(SAEConfig)}
+    metadata = sae.cfg.for_inference().metadata
+    details = dict(metadata.training_architecture_details or {})
+    own = {"k": getattr(sae.cfg, "k", None), "rescale_acts_by_decoder_norm": sae.rescales}
+    metadata.training_architecture_details = {name: value for name, value in own.items() if value is not None} | details
+    cfg = target.config(**{**shared, **fields, "metadata": metadata})
+    with torch.device("meta"):
+        new = target.sae(cfg)
+    tensors = {name: tensor.detach().clone() for name, tensor in sae.state_dict().items()}
+    empty = {
+        name: torch.zeros(tensor.shape, dtype=tensor.dtype, device=sae.device)
+        for name, tensor in new.state_dict().items()
+        if name not in tensors
+    }
+    new.load_state_dict({name: tensors.get(name, empty.get(name)) for name in new.state_dict()}, assign=True)
+    return new
