@@ -1,4 +1,7 @@
-"""Schedules on the rule of sparsity, which any fitting architecture takes: k of the TopK family, p of an Lp penalty."""
+"""Schedules of coefficients, of k, and of p of an Lp penalty, as functions of the tokens trained on.
+
+Any architecture that has such a number takes them.
+"""
 
 import math
 from dataclasses import dataclass
@@ -8,6 +11,11 @@ from sae_kit.config import Tokens, resolve_tokens
 from sae_kit.errors import ConfigError
 
 EXPONENT = 3.0
+
+
+def linear_warm_up(tokens: int, length: int) -> float:
+    """clip(tokens / length, 0, 1); a warm-up of length 0 is over before it begins."""
+    return min(max(tokens / length, 0.0), 1.0) if length else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +43,7 @@ class KAnnealing:
         length = resolve_tokens(self.tokens, total, "k_annealing.tokens")
         if tokens < cold:
             return float(self.start)
-        done = min((tokens - cold) / length, 1.0) if length else 1.0
+        done = linear_warm_up(tokens - cold, length)
         if done == 1.0:
             return float(end)
         if self.shape == "exponential":
@@ -84,6 +92,6 @@ class PAnnealing:
             raise ConfigError(f"p_annealing: end_tokens ({end:,}) lies before start_tokens ({begin:,})")
         if tokens < begin:
             return self.start
-        done = min((tokens - begin) / (end - begin), 1.0) if end > begin else 1.0
+        done = linear_warm_up(tokens - begin, end - begin)
         step = math.floor(done * self.n_updates + 1e-9)
         return self.start + (self.end - self.start) * step / self.n_updates

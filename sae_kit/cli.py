@@ -89,6 +89,7 @@ def parse_train(arguments: Sequence[str]) -> dict[str, Any]:
     """
     from sae_kit.training.config import expand_short_names
 
+    arguments = _import_named(arguments)
     words = _words(arguments)
     files = [word for word in words if "=" not in word]
     if len(files) > 1:
@@ -140,6 +141,18 @@ def _override(tree: dict[str, Any], path: tuple[str, ...], name: str, text: str)
     tree[last] = value
 
 
+def _import_named(arguments: Sequence[str]) -> list[str]:
+    """Import what `--import` names, so that its architectures are known; the other arguments are returned."""
+    from sae_kit.registry import import_architectures
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--import", dest="sources", action="append", default=[])
+    given, rest = parser.parse_known_args(arguments)
+    for source in given.sources:
+        import_architectures(source)
+    return rest
+
+
 def _words(arguments: Sequence[str]) -> list[str]:
     """The arguments that are neither a flag nor the value of one: a config file, and overrides."""
     words: list[str] = []
@@ -178,6 +191,7 @@ def _train_parser(architecture: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "words", nargs="*", default=[], metavar="FILE or FIELD=VALUE", help="a config file, overrides of its fields"
     )
+    parser.add_argument("--import", metavar="FILE.py", help="import a file or module that registers architectures")
     short = parser.add_argument_group("a run of one SAE")
     for flag, text in SHORT_FLAGS.items():
         names = f": {', '.join(list_architectures())}" if flag == "arch" else ""

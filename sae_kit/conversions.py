@@ -7,7 +7,7 @@ training averaged, or with one that is calibrated on data.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -62,16 +62,15 @@ def calibrated(sae: SAE, batches: Iterable[Float[Tensor, "..."]], k: float | Non
     Raises:
         ConfigError: an architecture without a ranking. DataError: no rows.
     """
-    from sae_kit.architectures._selection import SelectionSAE
-
-    if not isinstance(sae, SelectionSAE):
+    ranked: Callable[[Tensor], Tensor] | None = getattr(sae, "ranked", None)
+    if ranked is None:
         raise ConfigError(f"only architectures that rank latents can be calibrated, found {sae.cfg.architecture}")
     samples = list(batches)
     rows = sum(len(sae.training_space(batch)) for batch in samples)
     number = round(float(sae.cfg.k if k is None else k) * rows)  # pyright: ignore[reportAttributeAccessIssue]
     largest, active = torch.empty(0, device=sae.device), 0
     for batch in samples:
-        z = torch.relu(sae.ranked(sae.preactivations(sae.training_space(batch)))).flatten()
+        z = torch.relu(ranked(sae.preactivations(sae.training_space(batch)))).flatten()
         largest = torch.cat([largest, z[z > 0]])
         largest = largest.topk(min(number + 1, len(largest))).values  # one more: the largest that stays off
         active += int((sae.encode(batch) != 0).sum())

@@ -34,7 +34,7 @@ def fold_decoder_norm(sae: SAE) -> None:
     sae.geometry.scale_decoder(sae.W_dec, (1 / norms).to(sae.dtype))
     record(sae, decoder_norm=True)
     if sae.rescales:
-        sae.cfg = dataclasses.replace(sae.cfg, rescale_acts_by_decoder_norm=False)  # pyright: ignore[reportCallIssue]
+        sae.cfg = dataclasses.replace(sae.cfg, rescale_acts_by_decoder_norm=False)
 
 
 def fold_normalization(sae: SAE) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
+import sys
+import warnings
 from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from sae_kit.errors import UnknownArchitectureError, did_you_mean
+from sae_kit.errors import ConfigError, UnknownArchitectureError, did_you_mean
 
 if TYPE_CHECKING:
     from sae_kit.sae import SAE
@@ -42,9 +48,45 @@ def register(name: str, config: type[SAEConfig]) -> Callable[[S], S]:
 
 
 def list_architectures() -> Mapping[str, Architecture]:
-    """All registered architectures by name, in the order of their names."""
+    """All registered architectures by name, in the order of their names.
+
+    Installed packages add theirs by an entry point of the group `sae_kit.architectures` that names the module.
+    """
     importlib.import_module("sae_kit.architectures")  # importing the folder registers its files
+    _import_installed()
     return MappingProxyType(dict(sorted(_REGISTRY.items())))
+
+
+@functools.cache
+def _import_installed() -> None:
+    for entry in metadata.entry_points(group="sae_kit.architectures"):
+        try:
+            entry.load()
+        except Exception as error:  # a broken package must not take the others down
+            warnings.warn(f"{entry.value}, which should add an architecture, cannot be imported: {error}", stacklevel=2)
+
+
+def import_architectures(source: str) -> None:
+    """Import a Python file, or a module by its dotted name, that registers architectures.
+
+    Raises:
+        ConfigError: there is no such file or module. What the file itself raises is not caught.
+    """
+    path = Path(source)
+    if path.suffix != ".py":
+        if importlib.util.find_spec(source) is None:
+            raise ConfigError(f"--import: there is no module {source!r}; a file needs its ending .py")
+        importlib.import_module(source)
+        return
+    if not path.is_file():
+        raise ConfigError(f"--import: there is no file {source}")
+    if path.stem in sys.modules:
+        raise ConfigError(f"--import: a module is called {path.stem!r} already: give {path.name} another name")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
 
 
 def get_architecture(name: str) -> Architecture:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import torch
 
 from sae_kit import config as trees
+from sae_kit.annealing import PAnnealing, linear_warm_up
 from sae_kit.config import Tokens
 from sae_kit.errors import ConfigError
 from sae_kit.geometry import CrosscoderNorm, Geometry
@@ -129,7 +130,7 @@ class SAEConfig(ABC):
             raise ConfigError(
                 f"several sites are written, out_shape {written}: in_shape needs (sites, d_in), found {read}"
             )
-        if self.cross_layer and not several:
+        if self.cross_layer and not several and self.known_in_shape is not None:  # else the hooks of a run say it
             raise ConfigError("a cross-layer transcoder reads several layers: set in_shape to (layers, d_in)")
         if self.cross_layer and written is not None and read is not None and written[0] != read[0]:
             raise ConfigError(f"a cross-layer transcoder writes the layers it reads, found {read} and {written}")
@@ -164,7 +165,7 @@ class SAEConfig(ABC):
             ConfigError: the width is left to a hook.
         """
         read = self.known_in_shape
-        if read is None:
+        if read is None or (self.cross_layer and len(read) == 1):
             raise ConfigError(
                 f"{type(self).__name__}.d_in is not set; outside a run nothing else can say how wide the input is"
             )
@@ -175,6 +176,18 @@ class SAEConfig(ABC):
     def coefficients(self) -> dict[str, Coefficient]:
         """Weights of the architecture's own loss terms, by the name of their field."""
         return {}
+
+    def values(self, tokens: int, total: int) -> dict[str, float]:
+        """Coefficients, and whatever else a schedule moves, of the step after `tokens` of a run of `total`."""
+        found: dict[str, float] = {}
+        for name, (value, warm_up) in self.coefficients().items():
+            length = trees.resolve_tokens(warm_up, total, f"{name.removesuffix('_coefficient')}_warm_up_tokens")
+            found[name] = value * linear_warm_up(tokens, length)
+        return found
+
+    def penalty_annealing(self) -> PAnnealing | None:
+        """How p of the penalty falls, if it does."""
+        return None
 
     def build(self, seed: int = 0) -> "SAE":
         """A freshly initialised SAE of this architecture."""

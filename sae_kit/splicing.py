@@ -5,6 +5,9 @@ no module is replaced, so the host's parameters, `state_dict()` and module tree 
 the site the SAE's own hook points become addressable from a TransformerLens host
 (`blocks.8.hook_resid_pre.hook_sae_acts_post`) and leave it again with the SAE.
 
+A transcoder reads one site and writes another, which has to come later in the forward: it is attached at the one that
+it writes, and remembers what passed the other.
+
 At each site the splices form a stack whose top alone acts. An inner context therefore replaces the SAE of an outer one,
 and brings it back with its own settings.
 
@@ -23,12 +26,14 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from sae_kit.data.capture import IO, BoundSite, Handle, Spelling, resolve
-from sae_kit.errors import ConfigError, HookNotFoundError, ShapeError, did_you_mean
+from sae_kit.errors import ConfigError, HookNotFoundError, ShapeError, SiteDidNotFireError, did_you_mean
 from sae_kit.hooks import HookPoint
 from sae_kit.sae import SAE
 
 SAEs = SAE | Iterable[SAE] | Mapping[Any, SAE]
-"""One SAE, several, each at the site that its metadata names, or a mapping of sites to SAEs."""
+"""One SAE, several, each at the site that its metadata names, or a mapping of sites to SAEs.
+
+The site of a transcoder is the one that it writes."""
 
 INTERNALS = (
     "hook_sae_input",
@@ -148,10 +153,13 @@ def spliced_sites(model: nn.Module) -> dict[str, SAE]:
 
 
 class _Bound(NamedTuple):
-    """A pair found to fit, not attached yet."""
+    """What was found to fit together, not attached yet."""
 
     site: BoundSite
+    """where values are replaced"""
     sae: SAE
+    read: BoundSite | None
+    """what a transcoder reads"""
 
 
 class _Splice:
@@ -165,9 +173,11 @@ class _Splice:
         record: tuple[str, ...],
         acts: dict[str, Tensor],
     ) -> None:
-        self.site, self.sae = bound
+        self.site, self.sae, self._read = bound
         self._model, self._use_error_term, self._record, self._acts = model, use_error_term, record, acts
         self._handle: Handle | None = None
+        self._reading: Handle | None = None
+        self._seen: Tensor | None = None
         self._hook_id: int | None = None
         self._resumable = False
         self._former: list[tuple[HookPoint, str | None, type[HookPoint]]] = []
@@ -206,6 +216,8 @@ class _Splice:
 
     def _activate(self) -> None:
         before = set(self._hooks())
+        if self._read is not None:
+            self._reading = self._read.on_read(self._remember)
         self._handle = self.site.on_write(self._replace)
         (self._hook_id,) = set(self._hooks()) - before
         self._publish()
@@ -217,20 +229,33 @@ class _Splice:
         if self._handle is not None:
             self._handle.remove()
             self._unpublish()
-        self._handle = self._hook_id = None
+        if self._reading is not None:
+            self._reading.remove()
+        self._handle = self._hook_id = self._reading = self._seen = None
 
     def _hooks(self) -> Mapping[int, Any]:
         module = self.site.module
         return module._forward_pre_hooks if self.site.site.io == "in" else module._forward_hooks
 
+    def _remember(self, value: Tensor) -> None:
+        self._seen = value
+
     def _replace(self, value: Tensor) -> Tensor:
-        if value.shape[-1] != self.sae.d_in:
+        if value.shape[-1] != self.sae.d_out:
             raise _wrong_width(self.site, self.sae, value.shape[-1])
+        read, self._seen = value if self._read is None else self._seen, None
+        if read is None:
+            assert self._read is not None
+            raise SiteDidNotFireError(
+                f"{self._read.spelling!r}, which this transcoder reads, did not come before {self.site.spelling!r}, "
+                "which it writes: the two are the wrong way round, or belong to different passes"
+            )
         with ExitStack() as stack:
             for name in self._record:  # last in line, after the edits of the user
                 point: HookPoint = getattr(self.sae, name)
                 stack.callback(point.register_forward_hook(self._recorder(name)).remove)
-            out = self.sae(value.to(self.sae.device), use_error_term=self._use_error_term)
+            target = None if self._read is None else value.to(self.sae.device)
+            out = self.sae(read.to(self.sae.device), target=target, use_error_term=self._use_error_term)
         return out.to(device=value.device, dtype=value.dtype)
 
     def _recorder(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
@@ -275,7 +300,7 @@ def attach(
             raise ConfigError(f"{name!r} is not an internal of an SAE.{did_you_mean(name, INTERNALS)}")
     bound = _bind(model, saes)
     if replacing:
-        for site, _ in bound:
+        for site, _, _ in bound:
             _clear(_table(model).get(_key(site), []))
     acts: dict[str, Tensor] = {}
     splices = [_Splice(model, pair, use_error_term, names, acts) for pair in bound]
@@ -315,14 +340,15 @@ def _bind(model: nn.Module, saes: SAEs) -> list[_Bound]:
     """Find every site and refuse what cannot work, before anything is attached."""
     if isinstance(saes, Mapping):
         pairs = cast("Mapping[Spelling, SAE]", saes).items()
-        bound = [_Bound(resolve(model, site), require_sae(sae)) for site, sae in pairs]
+        found = [(resolve(model, site), require_sae(sae)) for site, sae in pairs]
     elif isinstance(saes, Iterable) and not isinstance(saes, SAE):
-        bound = [_Bound(site_of(model, require_sae(sae)), sae) for sae in saes]
+        found = [(site_of(model, require_sae(sae)), sae) for sae in saes]
     else:
-        bound = [_Bound(site_of(model, require_sae(saes)), saes)]
+        found = [(site_of(model, require_sae(saes)), saes)]
+    bound = [_Bound(site, sae, read_site_of(model, sae)) for site, sae in found]
     places = {_key(stack[-1].site): stack[-1].sae for stack in _table(model).values()}
     new: dict[tuple[int, IO], SAE] = {}
-    for site, sae in bound:
+    for site, sae, _ in bound:
         _check(model, site, sae)
         if _key(site) in new:
             raise ConfigError(f"two SAEs at {site.spelling!r} in one call; attach one of them, or nest two contexts")
@@ -334,27 +360,54 @@ def _bind(model: nn.Module, saes: SAEs) -> list[_Bound]:
     return bound
 
 
-def site_of(model: nn.Module, sae: SAE) -> BoundSite:
-    """Where in `model` the SAE's metadata says that it belongs.
+def sites_of(model: nn.Module, sae: SAE) -> tuple[list[BoundSite], list[BoundSite]]:
+    """Where in `model` the SAE's metadata says that it reads and writes.
 
     Raises:
-        ConfigError: it does not say, or names one site to read and another to write.
+        ConfigError: it does not say.
         HookNotFoundError: there is no such site.
     """
     metadata = sae.cfg.metadata
-    if metadata.hook_name is None:
+    reads, writes = metadata.sites
+    if not reads:
         raise ConfigError("this SAE does not say where it belongs (metadata.hook_name is None); pass {site: sae}")
-    if metadata.hook_name_out not in (None, metadata.hook_name):
+    kind = sae.geometry.kind
+    if sae.geometry.same_site and writes != reads:
         raise ConfigError(
-            f"this SAE reads {metadata.hook_name!r} and writes {metadata.hook_name_out!r}; only SAEs that read and "
-            "write one site can be attached"
+            f"this SAE reads {reads[0]!r} and writes {writes[0]!r}, but its weights are not a transcoder's"
         )
-    try:
-        return resolve(model, metadata.hook_name)
-    except HookNotFoundError:
-        if metadata.hf_hook_name is None or hasattr(model, "hook_dict"):
-            raise
-        return resolve(model, metadata.hf_hook_name)
+    if not sae.geometry.same_site and writes == reads and not sae.geometry.cross_layer:
+        raise ConfigError(
+            f"this {kind} reads {reads[0]!r}; what it writes is not known (metadata.hook_name_out is None)"
+        )
+    modules = {metadata.hook_name: metadata.hf_hook_name, metadata.hook_name_out: metadata.hf_hook_name_out}
+
+    def found(name: str) -> BoundSite:
+        try:
+            return resolve(model, name)
+        except HookNotFoundError:
+            path = modules.get(name)
+            if path is None or hasattr(model, "hook_dict"):
+                raise
+            return resolve(model, path)
+
+    read = [found(name) for name in reads]
+    return read, read if writes == reads else [found(name) for name in writes]
+
+
+def site_of(model: nn.Module, sae: SAE) -> BoundSite:
+    """The one site of `model` that the SAE writes. Errors as in `sites_of`, and of an SAE that writes several."""
+    if len(sae.geometry.out_shape) > 1:
+        raise ConfigError(
+            f"a {sae.geometry.kind} of {sae.geometry.out_shape[0]} sites cannot be attached: a forward does not have "
+            "the later ones yet when it needs the earlier ones. Use it on recorded activations"
+        )
+    return sites_of(model, sae)[1][0]
+
+
+def read_site_of(model: nn.Module, sae: SAE) -> BoundSite | None:
+    """The site that a transcoder reads; None for an SAE, which reads what it replaces."""
+    return None if sae.geometry.same_site else sites_of(model, sae)[0][0]
 
 
 def require_sae(sae: Any) -> SAE:
@@ -377,7 +430,9 @@ def _check(model: nn.Module, site: BoundSite, sae: SAE) -> None:
             "Choose the residual stream before or after the block, or the output of its attention or MLP"
         )
     width = _known_width(model, site)
-    if width is not None and width != sae.d_in:
+    if len(sae.geometry.out_shape) > 1:
+        site_of(model, sae)  # says why it cannot be attached
+    if width is not None and width != sae.d_out:
         raise _wrong_width(site, sae, width)
 
 
@@ -393,7 +448,7 @@ def _known_width(model: nn.Module, site: BoundSite) -> int | None:
 
 def _wrong_width(site: BoundSite, sae: SAE, width: int) -> ShapeError:
     return ShapeError(
-        f"the SAE for {site.spelling!r} takes activations of width {sae.d_in}, found {width}; choose the site and "
+        f"the SAE for {site.spelling!r} takes activations of width {sae.d_out}, found {width}; choose the site and "
         "model that it was trained on"
     )
 

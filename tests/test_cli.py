@@ -105,7 +105,8 @@ def test_every_architecture_has_its_flags(name: str, capsys: pytest.CaptureFixtu
     assert stop.value.code == 0
     text = capsys.readouterr().out
     fields = {f.name for f in dataclasses.fields(list_architectures()[name].config)} - {"metadata"}
-    assert all(f"--sae.{field} " in text for field in fields)
+    missing = [field for field in fields if f"--sae.{field} " not in text and f"--sae.{field}." not in text]
+    assert missing == [], "a field without a flag, of its own or for each field of its section"
     assert "--optim.lr VALUE" in text
     assert "--sae.metadata" not in text
 

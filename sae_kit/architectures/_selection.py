@@ -15,13 +15,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_kit import config as trees
 from sae_kit.annealing import KAnnealing
-from sae_kit.config import Tokens, resolve_tokens
+from sae_kit.config import Tokens
 from sae_kit.conversions import to_jumprelu, to_topk
 from sae_kit.errors import ConfigError
 from sae_kit.ops import SparseCodes
 from sae_kit.sae import SAE, Encoding
 from sae_kit.sae_config import SAEConfig, training_only
+
+LONGEST_WINDOW = 1_000_000  # tokens over which a threshold is averaged, unless asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,13 @@ class SelectionConfig(SAEConfig):
     """weight of AuxK, the loss in which dead latents explain what the living ones miss; 0 = off"""
     k_annealing: KAnnealing | None = training_only(None)
     """begin with a larger k; None = the same k throughout"""
+
+    k: int | float = 32
+    """latents selected in each row"""
+
+    def values(self, tokens: int, total: int) -> dict[str, float]:
+        annealed = {} if self.k_annealing is None else {"k": self.k_annealing.k(self.k, tokens, total)}
+        return super().values(tokens, total) | annealed
 
     def check_k(self, k: int | float) -> None:
         """Refuse numbers of latents that cannot be selected."""
@@ -132,16 +142,23 @@ class BatchSelectionConfig(SelectionConfig):
     """mean number of latents in each row; of a cross-layer transcoder, in each layer"""
     k_scope: Literal["layer", "batch"] = "layer"
     """cross-layer transcoder: k·B in each layer, or layers·k·B over all of them"""
-    threshold_window_tokens: Tokens = training_only(1_000_000)
-    """tokens over which the threshold for use is averaged"""
+    threshold_window_tokens: Tokens | None = training_only(None)
+    """tokens over which the threshold for use is averaged; None = the smaller of 1M and a tenth of the run"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_k(self.k)
-        if resolve_tokens(self.threshold_window_tokens, 100, "threshold_window_tokens") == 0:
-            raise ConfigError("threshold_window_tokens must be positive")
+        window = self.threshold_window_tokens
+        if window is not None and trees.resolve_tokens(window, 100, "threshold_window_tokens") == 0:
+            raise ConfigError("threshold_window_tokens must be positive, found 0")
         if self.k_scope != "layer" and not self.cross_layer:
             raise ConfigError("k_scope is for cross-layer transcoders: leave it out or set cross_layer")
+
+    def values(self, tokens: int, total: int) -> dict[str, float]:
+        wanted = self.threshold_window_tokens
+        own = min(LONGEST_WINDOW, total // 10) if wanted is None else wanted
+        window = max(trees.resolve_tokens(own, total, "threshold_window_tokens"), 1)
+        return super().values(tokens, total) | {"threshold_window_tokens": float(window)}
 
 
 class BatchSelectionSAE(SelectionSAE):
@@ -222,8 +239,7 @@ class BatchSelectionSAE(SelectionSAE):
         kept = torch.where(z > 0, z, torch.inf).to(smallest.dtype)
         smallest.scatter_reduce_(0, scope, kept, "amin")
         smallest = smallest.reshape(self.threshold_average.shape)
-        window = values.get("threshold_window_tokens", 1e6)
-        beta = math.exp(-codes.n_rows / window)
+        beta = math.exp(-codes.n_rows / values["threshold_window_tokens"])
         any_kept = smallest.isfinite()
         averaged = beta * self.threshold_average + (1 - beta) * torch.where(any_kept, smallest, 0.0)
         self.threshold_average.copy_(torch.where(any_kept, averaged, self.threshold_average))

@@ -18,8 +18,6 @@ class AbsTopKSAEConfig(RowSelectionConfig):
 class AbsTopKSAE(RowSelectionSAE):
     """The k largest of |z|, z = h·n, in each row are kept as they are: f(−z) = −f(z)."""
 
-    cfg: AbsTopKSAEConfig
-
     def strength(self, z: Float[Tensor, "rows n_latents"]) -> Float[Tensor, "rows n_latents"]:
         return z.abs()
 

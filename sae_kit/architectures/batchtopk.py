@@ -14,5 +14,3 @@ class BatchTopKSAEConfig(BatchSelectionConfig):
 @register("batchtopk", BatchTopKSAEConfig)
 class BatchTopKSAE(BatchSelectionSAE):
     """Selection over the batch while training, over a learned threshold in use; saved for use as JumpReLU."""
-
-    cfg: BatchTopKSAEConfig

@@ -79,7 +79,7 @@ class MatryoshkaBatchTopKSAE(BatchSelectionSAE):
     The weights sum to 1, so the balance with AuxK does not depend on the number of levels.
     """
 
-    cfg: MatryoshkaBatchTopKSAEConfig
+    cfg: MatryoshkaBatchTopKSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     geometries = BatchSelectionSAE.geometries - {"clt"}
 
     def reconstruction_loss(

@@ -18,7 +18,5 @@ class TopKSAEConfig(RowSelectionConfig):
 class TopKSAE(RowSelectionSAE):
     """The k largest of z = h·n in each row are kept and relu is applied to them: ‖c‖₀ ≤ k, c ≥ 0."""
 
-    cfg: TopKSAEConfig
-
     def strength(self, z: Float[Tensor, "rows n_latents"]) -> Float[Tensor, "rows n_latents"]:
         return z

@@ -4,13 +4,14 @@ A batch without fidelity costs one forward, stopped at the deepest site. With it
 also gives the activations, one ablated forward per site and one spliced forward per SAE.
 """
 
+import math
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sae_kit.data.capture import BoundSite, capture, device_of, max_context, without_cache
@@ -18,8 +19,9 @@ from sae_kit.errors import ConfigError, DataError, did_you_mean
 from sae_kit.evals.family import FAMILIES, EvalStep, Family, Metrics
 from sae_kit.evals.fidelity import FidelityStep, Positions
 from sae_kit.evals.moments import Moments
+from sae_kit.evals.reconstruction import Reconstruction
 from sae_kit.sae import SAE
-from sae_kit.splicing import observed, replaced, require_sae, site_of, spliced_sites
+from sae_kit.splicing import observed, replaced, require_sae, sites_of, spliced_sites
 
 TOKENS_WITH_LOGITS = 4_096  # a quarter of the store's: these forwards end in logits, [tokens, vocabulary]
 TOKENS_PER_STEP = 4_096  # encoded at once: what an encoder makes on the way is [tokens, d_sae]
@@ -42,8 +44,21 @@ class _Subject:
     """One SAE under evaluation."""
 
     sae: SAE
-    site: BoundSite
+    reads: list[BoundSite]
+    writes: list[BoundSite]
     families: dict[str, Family[Any]]
+    sites: list[Reconstruction]
+    """of an SAE that writes several sites, each by itself"""
+
+    @property
+    def site(self) -> BoundSite:
+        """Where it is spliced in."""
+        return self.writes[0]
+
+    @property
+    def is_spliced(self) -> bool:
+        """Whether one forward can run through it: an SAE of several sites reads later ones to write earlier ones."""
+        return len(self.sae.geometry.out_shape) == 1
 
     @property
     def place(self) -> str:
@@ -54,13 +69,42 @@ class _Subject:
             if family.reads == reads:
                 family.update(step)
 
-    def measure(self, x: Float[Tensor, "tokens d_in"]) -> None:
-        for rows in x.to(self.sae.device).split(TOKENS_PER_STEP) if len(x) else ():
+    def measure(self, values: Mapping[str, Float[Tensor, "tokens _"]]) -> None:
+        x, y = (self._rows(values, sites) for sites in (self.reads, self.writes))
+        for rows, target in zip(x.split(TOKENS_PER_STEP), y.split(TOKENS_PER_STEP), strict=True) if len(x) else ():
             codes = self.sae.encode_sparse(rows)
-            self.update("activations", EvalStep(rows, self.sae.decode(codes), codes))
+            y_hat = self.sae.decode(codes)
+            self.update("activations", EvalStep(target.flatten(1), y_hat.flatten(1), codes))
+            for site, family in enumerate(self.sites):
+                family.update(EvalStep(target[:, site], y_hat[:, site], codes))
 
-    def splice(self, value: Tensor) -> Tensor:
+    def _rows(self, values: Mapping[str, Tensor], sites: list[BoundSite]) -> Float[Tensor, "tokens ..."]:
+        rows = [values[site.spelling].to(self.sae.device) for site in sites]
+        return rows[0] if len(self.sae.geometry.in_shape) == 1 else torch.stack(rows, dim=1)
+
+    @contextmanager
+    def spliced(self, model: nn.Module, where: Bool[Tensor, "rows context"]) -> Generator[None]:
+        """The SAE at its site, positions that are False left alone."""
+        if self.sae.geometry.same_site:
+            with replaced(model, self.site, lambda value: self._output(value), where):
+                yield
+            return
+        seen: dict[str, Tensor] = {}
+        reading = self.reads[0].on_read(lambda value: seen.update(x=value))
+        try:
+            with replaced(model, self.site, lambda _: self._output(seen.pop("x")), where):
+                yield
+        finally:
+            reading.remove()
+
+    def _output(self, value: Tensor) -> Tensor:
         return self.sae(value.to(self.sae.device), use_error_term=False)
+
+    def compute(self) -> Metrics:
+        metrics = _merged(family.compute() for family in self.families.values())
+        for site, family in enumerate(self.sites):
+            metrics |= {f"{group}_site_{site}": values for group, values in family.compute().items()}
+        return metrics
 
 
 @torch.no_grad()
@@ -77,10 +121,12 @@ def evaluate(
 ) -> EvalReport:
     """Evaluate SAEs, each at the site that its metadata names and as `to_inference()`, on rows of token ids.
 
-    Positions whose id is in `excluded_ids` count in no sum and keep the model's own activation in every forward.
-    Fidelity is measured on the first `fidelity_tokens` of the rows, against an `ablation` that writes "zero" or the
-    "mean" activation. One SAE is called "sae" in the report. The model, the SAEs and the random generators are left as
-    they were.
+    Positions whose id is in `excluded_ids` count in no sum and keep the model's own activation in every forward. Of a
+    transcoder everything refers to the site that it writes. An SAE of several sites has its reconstruction for all of
+    them together and, in groups of their own, for each; it cannot be spliced in, so it has no fidelity. Fidelity is
+    measured on the first `fidelity_tokens` of the rows, against an `ablation` that writes "zero" or the "mean"
+    activation. One SAE is called "sae" in the report. The model, the SAEs and the random generators are left as they
+    were.
 
     Raises:
         ConfigError: an unknown metric or ablation, an SAE without a site or something that is no SAE, rows longer than
@@ -108,7 +154,7 @@ def evaluate(
     with _evaluating(model):
         tokens = run.over(rows, fidelity_tokens if "fidelity" in metrics else 0)
     return EvalReport(
-        metrics={name: _merged(family.compute() for family in s.families.values()) for name, s in subjects.items()},
+        metrics={name: subject.compute() for name, subject in subjects.items()},
         features={name: _merged(family.features() for family in s.families.values()) for name, s in subjects.items()},
         tokens=tokens,
     )
@@ -126,8 +172,10 @@ class _Pass:
         rows_per_forward: int | None,
     ) -> None:
         self._model, self._subjects, self._excluded = model, subjects, excluded_ids
-        self._sites = {s.site.spelling: s.site for s in subjects}
-        self._means = {s.place: Moments(s.sae.d_in, s.sae.device) for s in subjects} if ablation == "mean" else {}
+        self._sites = {site.spelling: site for s in subjects for site in (*s.reads, *s.writes)}
+        self._spliced = [s for s in subjects if s.is_spliced]
+        means = {s.place: Moments(s.sae.d_out, s.sae.device) for s in self._spliced}
+        self._means = means if ablation == "mean" else {}
         self._rows_per_forward = rows_per_forward
         self._device = device_of(model)
         self._kwargs = without_cache(model)
@@ -172,20 +220,24 @@ class _Pass:
 
     def _measure(self, values: Mapping[str, Float[Tensor, "eligible width"]]) -> None:
         for subject in self._subjects:
-            subject.measure(values[subject.site.spelling])
+            subject.measure(values)
         for place, moments in self._means.items():
-            at_place = next(s for s in self._subjects if s.place == place)
+            at_place = next(s for s in self._spliced if s.place == place)
             moments.update(values[at_place.site.spelling].to(moments.mean.device))
 
     def _compare(self, ids: Int[Tensor, "rows context"], positions: Positions, clean: Tensor) -> None:
         ce_clean, _ = positions.losses(clean, None)
         ablated: dict[str, tuple[Tensor, Tensor]] = {}
-        for subject in self._subjects:
+        for subject in self._spliced:
             if subject.place not in ablated:
-                patched = self._patched(ids, positions, subject.site, self._ablation(subject))
+                with replaced(self._model, subject.site, self._ablation(subject), positions.mask):
+                    patched = self._logits(ids)
                 ablated[subject.place] = positions.losses(patched, clean)
                 del patched
-            spliced = positions.losses(self._patched(ids, positions, subject.site, subject.splice), clean)
+            with subject.spliced(self._model, positions.mask):
+                patched = self._logits(ids)
+            spliced = positions.losses(patched, clean)
+            del patched
             ce, kl = zip(ablated[subject.place], spliced, strict=True)
             subject.update("logits", FidelityStep(positions.n_targets, positions.number, ce_clean, *ce, *kl))
 
@@ -195,12 +247,6 @@ class _Pass:
         mean = self._means[subject.place].mean
         return lambda value: mean.to(value).expand_as(value)
 
-    def _patched(
-        self, ids: Int[Tensor, "rows context"], positions: Positions, site: BoundSite, fn: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        with replaced(self._model, site, fn, positions.mask):
-            return self._logits(ids)
-
     def _logits(self, ids: Int[Tensor, "rows context"]) -> Float[Tensor, "rows context vocabulary"]:
         out = self._model(ids, **self._kwargs)
         return out if isinstance(out, Tensor) else out.logits
@@ -208,8 +254,18 @@ class _Pass:
 
 def _subject(sae: SAE, model: nn.Module, metrics: Collection[str]) -> _Subject:
     used = sae.to_inference().eval()
-    families = {name: FAMILIES[name](used.d_in, used.d_sae, used.device) for name in metrics}
-    return _Subject(used, site_of(model, sae), families)
+    reads, writes = sites_of(model, sae)
+    shape, several = used.geometry.out_shape, len(used.geometry.out_shape) > 1
+    width = math.prod(shape)
+    families = {
+        name: FAMILIES[name](width, used.geometry.n_latents, used.device)
+        for name in metrics
+        if not (several and FAMILIES[name].reads == "logits")
+    }
+    sites = (
+        [Reconstruction(shape[-1], used.geometry.n_latents, used.device) for _ in range(shape[0])] if several else []
+    )
+    return _Subject(used, reads, writes, families, sites if "reconstruction" in metrics else [])
 
 
 @contextmanager

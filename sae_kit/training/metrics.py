@@ -79,7 +79,8 @@ class TrainingMetrics:
     def take(self) -> dict[str, float | int]:
         """Values by name, of all steps since the last call."""
         sae, rows = self._sae, max(self._rows, 1)
-        errors, totals = self._squared_error.tolist(), [moments.m2.item() for moments in self._targets]
+        errors = [value.item() for value in self._squared_error]
+        totals = [moments.m2.item() for moments in self._targets]
         fvu = _ratio(sum(errors), sum(totals))
         terms = {f"losses/{name}": value.item() / rows for name, value in self._terms.items()}
         dead = self._dead.mask().sum().item()

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Literal, Protocol, cast
 import torch
 from torch import Tensor
 
+from sae_kit.annealing import linear_warm_up
 from sae_kit.config import Tokens, resolve_tokens
 from sae_kit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sae_kit.annealing import KAnnealing, PAnnealing
     from sae_kit.sae import SAE, Encoding
     from sae_kit.sae_config import SAEConfig
 
@@ -94,61 +94,37 @@ class LearningRate:
         return 1.0
 
 
-def linear_warm_up(tokens: int, length: int) -> float:
-    """clip(tokens / length, 0, 1); a warm-up of length 0 is over before it begins."""
-    return min(tokens / length, 1.0) if length else 1.0
-
-
 class StepValues:
     """What varies over the run of one SAE: coefficients, k, p, and what keeps an annealed penalty continuous."""
 
     def __init__(self, cfg: SAEConfig, total: int) -> None:
-        self._total = total
-        self._coefficients = {
-            name: (c.value, resolve_tokens(c.warm_up, total, f"{name.removesuffix('_coefficient')}_warm_up_tokens"))
-            for name, c in cfg.coefficients().items()
-        }
-        self._k: tuple[KAnnealing, float] | None = None
-        if (annealing := getattr(cfg, "k_annealing", None)) is not None:
-            self._k = (annealing, float(cfg.k))  # pyright: ignore[reportAttributeAccessIssue]
-        self._window: dict[str, float] = {}
-        if (window := getattr(cfg, "threshold_window_tokens", None)) is not None:
-            tokens = resolve_tokens(window, total, "threshold_window_tokens")
-            self._window = {"threshold_window_tokens": float(max(tokens, 1))}
-        self._p: PAnnealing | None = getattr(cfg, "p_annealing", None)
-        self.p = self._p.p(0, total) if self._p is not None else 1.0
+        self._cfg, self._total = cfg, total
+        self._annealing = cfg.penalty_annealing()
+        self.p = cfg.values(0, total).get("p", 1.0)
         """p of the penalty now"""
         self.factor = 1.0
         """product of mean(P_p) / mean(P_p') over the changes of p so far"""
-        self._measured: deque[Tensor] = deque(maxlen=self._p.window if self._p is not None else 0)
+        self._measured: deque[Tensor] = deque(maxlen=self._annealing.window if self._annealing is not None else 0)
 
     def at(self, tokens: int) -> dict[str, float]:
         """Values of the step that comes after `tokens`."""
-        values = {
-            name: value * linear_warm_up(tokens, length) for name, (value, length) in self._coefficients.items()
-        } | self._window
-        if self._k is not None:
-            annealing, end = self._k
-            values["k"] = annealing.k(end, tokens, self._total)
-        if self._p is not None:
-            self._change_p(self._p.p(tokens, self._total))
-            values = {name: v * self.factor if name in self._coefficients else v for name, v in values.items()}
-            values["p"] = self.p
+        values = self._cfg.values(tokens, self._total)
+        if self._annealing is not None:
+            self._change_p(values["p"])
+            values |= {name: values[name] * self.factor for name in self._cfg.coefficients()}
         return values
 
     def k_settles(self, tokens: int, rows: int) -> bool:
         """Whether k comes to its end with this step, of `rows` after `tokens`."""
-        if self._k is None or tokens == 0:
-            return False
-        annealing, end = self._k
-        before, now = (annealing.k(end, t, self._total) for t in (max(tokens - rows, 0), tokens))
-        return now == end != before
+        before, now, end = (self._cfg.values(t, self._total).get("k") for t in (tokens - rows, tokens, self._total))
+        return tokens > 0 and now == end != before
 
     @torch.no_grad()
     def observe(self, sae: SAE, encoding: Encoding) -> None:
         """Measure the penalty at p and at the next p, on the same codes."""
-        if self._p is not None and self.p > self._p.end:
-            following = self.p - (self._p.start - self._p.end) / self._p.n_updates
+        annealing = self._annealing
+        if annealing is not None and self.p > annealing.end:
+            following = max(self.p - (annealing.start - annealing.end) / annealing.n_updates, annealing.end)
             penalty = cast("Penalised", sae).penalty
             self._measured.append(torch.stack([penalty(encoding, self.p), penalty(encoding, following)]))
 
@@ -156,9 +132,9 @@ class StepValues:
         if p == self.p:
             return
         if self._measured:
-            before, after = torch.stack(list(self._measured)).mean(dim=0).tolist()
+            before, after = torch.stack(list(self._measured)).mean(dim=0).unbind()
             if before > 0 and after > 0:
-                self.factor *= before / after
+                self.factor *= float(before / after)
         self.p = p
         self._measured.clear()
 

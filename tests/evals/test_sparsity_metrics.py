@@ -32,7 +32,7 @@ def test_equals_a_brute_force(batch: int) -> None:
     found = family.compute()
     fired = (acts != 0).double()
     assert found["sparsity"] == pytest.approx(
-        {"l0_coefficient": float(fired.sum(1).mean()), "l1": float(acts.double().abs().sum(1).mean())}, rel=1e-12
+        {"l0": float(fired.sum(1).mean()), "l1": float(acts.double().abs().sum(1).mean())}, rel=1e-12
     )
     assert found["misc_metrics"] == pytest.approx({"frac_alive": 0.9, "dead_latents": 4, "dead_resolution": 3 / 500})
     torch.testing.assert_close(family.features()["feature_density"], fired.mean(0))
@@ -42,7 +42,7 @@ def test_entries_of_value_zero_are_inactive() -> None:
     family = Sparsity(2, 4)
     values, indices = torch.tensor([[1.0, 0], [-2, 3]]), torch.tensor([[0, 1], [0, 2]])
     family.update(EvalStep(Y, Y, SparseCodes(values, indices, 4, (2,))))
-    assert family.compute()["sparsity"] == {"l0_coefficient": 1.5, "l1": 3}
+    assert family.compute()["sparsity"] == {"l0": 1.5, "l1": 3}
     assert family.features()["feature_density"].tolist() == [1, 0, 0.5, 0]
 
 

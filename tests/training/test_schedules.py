@@ -2,8 +2,9 @@
 
 import pytest
 
+from sae_kit.annealing import linear_warm_up
 from sae_kit.errors import ConfigError
-from sae_kit.training.schedules import ScheduleConfig, linear_warm_up
+from sae_kit.training.schedules import ScheduleConfig
 
 TOTAL, BATCH = 1000, 10
 
