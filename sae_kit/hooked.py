@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from sae_kit.data.capture import model_path
 from sae_kit.errors import ConfigError
 from sae_kit.sae import SAE
 from sae_kit.splicing import Attachment, SAEs, attach, attached, detach_at, spliced_sites
@@ -46,7 +47,7 @@ class _SAEMethods:
         """
         flags = {flag: kwargs.pop(flag, True) for flag in PROCESSING}
         if not hasattr(cls, "boot_transformers"):
-            return super().from_pretrained(_home(name), **flags, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            return super().from_pretrained(model_path(name), **flags, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         model = cls.from_pretrained_no_processing(name, **kwargs)
         model.enable_compatibility_mode(**flags)
         return model
@@ -56,8 +57,8 @@ class _SAEMethods:
         """The model `name` with its weights as published."""
         boot = getattr(cls, "boot_transformers", None)
         if boot is None:
-            return super().from_pretrained_no_processing(_home(name), **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        return cls.from_model(boot(_home(name), **kwargs))
+            return super().from_pretrained_no_processing(model_path(name), **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return cls.from_model(boot(model_path(name), **kwargs))
 
     @property
     def acts_to_saes(self) -> dict[str, SAE]:
@@ -177,14 +178,6 @@ def __getattr__(name: str) -> Any:
 def _class_over(base: type) -> type:
     doc = f"A {base.__name__} with methods for SAEs."
     return type("HookedSAETransformer", (_SAEMethods, base), {"__module__": __name__, "__doc__": doc})
-
-
-def _home(name: str) -> str:
-    if name != "demo":
-        return name
-    from sae_kit.demo import MODEL_FOLDER
-
-    return str(MODEL_FOLDER)
 
 
 def _module(model: _SAEMethods) -> nn.Module:

@@ -85,7 +85,7 @@ def test_an_unknown_public_name_is_an_attribute_error() -> None:
 
 # ---- directions ------------------------------------------------------------------------------------------------------
 
-ANYWHERE = {"_version", "config", "errors", "seeding"}
+ANYWHERE = {"_version", "config", "devices", "errors", "seeding"}
 """leaves that every room may use"""
 ARROWS: dict[str, set[str]] = {
     "hooks": set(),

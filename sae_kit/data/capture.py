@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sae_kit.devices import pick_device
 from sae_kit.errors import ConfigError, HookNotFoundError, ShapeError, SiteDidNotFireError, did_you_mean
 
 IO = Literal["in", "out", "hook"]
@@ -260,9 +261,8 @@ def load_model(cfg: ModelConfig) -> tuple[nn.Module, Any]:
     """
     if cfg.name is None:
         raise ConfigError('model.name: expected a hub id, a folder or "demo", found None')
-    name = _demo_folder() if cfg.name == "demo" else cfg.name
-    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    _check_device(device)
+    name = model_path(cfg.name)
+    device = str(pick_device(cfg.device, "model.device"))
     from safetensors import SafetensorError
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoConfig, AutoTokenizer
@@ -284,13 +284,13 @@ def load_model(cfg: ModelConfig) -> tuple[nn.Module, Any]:
     return model.eval().requires_grad_(False), tokenizer
 
 
-def _check_device(name: str) -> None:
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: a build without CUDA
-        kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        there = ["cpu"] if kind is None else ["cpu", *(f"{kind}:{i}" for i in range(torch.accelerator.device_count()))]
-        raise ConfigError(f"model.device: expected auto or one of {', '.join(there)}, found {name!r}") from error
+def model_path(name: str) -> str:
+    """Where `name` is read from: "demo" is the model that comes with the package, all else stands for itself."""
+    if name != "demo":
+        return name
+    from sae_kit.demo import MODEL_FOLDER
+
+    return str(MODEL_FOLDER)
 
 
 @contextmanager
@@ -306,12 +306,6 @@ def _bars(shown: bool) -> Generator[None, None, None]:
     finally:
         if before:
             messages.enable_progress_bar()
-
-
-def _demo_folder() -> str:
-    from sae_kit.demo import MODEL_FOLDER
-
-    return str(MODEL_FOLDER)
 
 
 class _StopForward(Exception):

@@ -228,11 +228,6 @@ class ActivationsStore(Iterator[dict[str, Tensor]]):
         """Share of its documents that each source keeps for evaluation; none where rows came from elsewhere."""
         return getattr(self.tokens, "holdout", ())
 
-    @property
-    def exhausted(self) -> bool:
-        """Whether the text ended before `train_tokens` were reached."""
-        return self._ended and (self._wanted is None or self._entered < self._wanted)
-
     def close(self) -> None:
         """Give back the buffer's memory; the store is then at its end."""
         self._buffer, self._pending, self._ended = None, {}, True

@@ -5,6 +5,7 @@ A failing observer must not cost the run: it warns once and is dropped.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -147,7 +148,7 @@ class Wandb(Callback):
 
 
 class Callbacks:
-    """Calls each observer in order; one that fails is reported and dropped."""
+    """Calls each observer in order; one that fails is reported, closed and dropped."""
 
     def __init__(self, callbacks: list[Callback]) -> None:
         self._callbacks = list(callbacks)
@@ -156,7 +157,7 @@ class Callbacks:
         for callback in list(self._callbacks):
             try:
                 getattr(callback, event)(*args)
-            except Exception:
+            except Exception:  # whatever it is, an observer must not cost the run
                 log.warning(
                     "%s failed in %s and is switched off; the run goes on",
                     type(callback).__name__,
@@ -164,6 +165,9 @@ class Callbacks:
                     exc_info=True,
                 )
                 self._callbacks.remove(callback)
+                if event != "close":
+                    with contextlib.suppress(Exception):
+                        callback.close()
 
     def close(self) -> None:
         self.call("close")

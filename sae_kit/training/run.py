@@ -24,6 +24,7 @@ from sae_kit import config as trees
 from sae_kit.data.capture import load_model, site_width
 from sae_kit.data.store import ActivationsStore, default_context
 from sae_kit.data.tokens import excluded_ids, held_out_rows, special_id
+from sae_kit.devices import pick_device
 from sae_kit.errors import ConfigError, OutputExistsError, ShapeError
 from sae_kit.evals import Metrics, evaluate
 from sae_kit.sae import SAE
@@ -31,7 +32,7 @@ from sae_kit.sae_config import SAEConfig
 from sae_kit.seeding import derive_seed
 from sae_kit.training.callbacks import JSONL, Callback, Console, Wandb
 from sae_kit.training.config import RunConfig, SAEEntry
-from sae_kit.training.trainer import SAETrainer, TrainingResult, pick_device
+from sae_kit.training.trainer import SAETrainer, TrainingResult
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def run(
     """Everything from config to saved SAEs. Objects that are passed take the place of what `cfg` names."""
     if not cfg.saes:
         raise ConfigError("saes: there is no SAE to train; give at least one entry")
-    pick_device(cfg.train.device)
+    pick_device(cfg.train.device, "train.device")
     folder = make_folder(Path(cfg.out) / (cfg.name or default_name(cfg)))
     if model is None:
         model, own = load_model(cfg.model)
@@ -148,7 +149,7 @@ def run(
         return _flat(evals)
 
     trainer = SAETrainer(cfg, saes, store, callbacks=[*sinks, *callbacks], evaluate=finish)
-    (folder / "run.yaml").write_text(trees.dump_yaml(cfg), encoding="utf-8")  # nothing stands in the way any more
+    write_text(folder / "run.yaml", trees.dump_yaml(cfg))  # nothing stands in the way any more
     try:
         training = trainer.fit()
     finally:
@@ -284,6 +285,11 @@ def default_name(cfg: RunConfig) -> str:
 
 def write_json(path: Path, tree: object) -> None:
     """Write JSON atomically; numbers that are not finite are refused."""
+    write_text(path, json.dumps(tree, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
     new = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    new.write_text(json.dumps(tree, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    new.write_text(text, encoding="utf-8")
     os.replace(new, path)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sae_kit.config import resolve_tokens
 from sae_kit.data.batch import Batch
+from sae_kit.devices import pick_device
 from sae_kit.errors import ConfigError, DataError, NonFiniteError, ShapeError
 from sae_kit.sae import SAE
 from sae_kit.training.callbacks import Callback, Callbacks, Console
@@ -82,7 +83,7 @@ class SAETrainer:
         self.callbacks = Callbacks([Console()] if callbacks is None and cfg.log.console else list(callbacks or ()))
         self._batches = batches
         self._schedule = cfg.schedule.build(cfg.train.tokens)
-        device = pick_device(cfg.train.device)
+        device = pick_device(cfg.train.device, "train.device")
         self._evaluate = evaluate
         self._sites = {
             name: cfg.saes[name].sites if name in cfg.saes else sae.cfg.metadata.sites
@@ -277,19 +278,3 @@ def dead_after(sae: SAE, cfg: RunConfig) -> int:
     if wanted is None:
         return max(min(10_000_000, cfg.train.tokens // 10), 1)
     return max(resolve_tokens(wanted, cfg.train.tokens, "dead_after_tokens"), 1)
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is cuda where there is one, else cpu: statistics are in float64, which mps lacks.
-
-    Raises:
-        ConfigError: no such device.
-    """
-    cuda = torch.cuda.is_available()
-    try:
-        device = torch.device(("cuda" if cuda else "cpu") if name == "auto" else name)
-    except RuntimeError as error:
-        raise ConfigError(f"train.device: {name!r} is not a device; use auto, cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and not cuda:
-        raise ConfigError(f"train.device: {name!r} was asked for, but this torch finds no cuda device")
-    return device

@@ -385,9 +385,15 @@ def test_rows_are_logged_as_json(tmp_path: Path) -> None:
 
 
 def test_a_failing_observer_is_dropped_and_the_run_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    closed = []
+
     class Broken(Callback):
         def on_log(self, trainer: SAETrainer, metrics: Any) -> None:
             raise RuntimeError("no disk")
+
+        def close(self) -> None:
+            closed.append(True)
+            raise RuntimeError("no disk either")
 
     cfg = run_config(10, log={"console": False, "every_tokens": BATCH})
     with caplog.at_level(logging.WARNING, "sae_kit"):
@@ -395,6 +401,7 @@ def test_a_failing_observer_is_dropped_and_the_run_goes_on(caplog: pytest.LogCap
     assert [record.getMessage() for record in caplog.records] == [
         "Broken failed in on_log and is switched off; the run goes on"
     ]
+    assert closed == [True]
 
 
 def test_data_that_ends_early_is_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -423,13 +430,13 @@ def test_bad_input_is_named() -> None:
         SAETrainer(run_config(), sae, iter(()), callbacks=[]).fit()
     with pytest.raises(ShapeError, match=r"SAE 'sae' expects rows of shape \[batch, 32\], found \[4, 31\]"):
         SAETrainer(run_config(), make_sae("topk"), [torch.zeros(4, 31)], callbacks=[]).fit()
-    with pytest.raises(ShapeError, match=r"SAE 'sae' expects a target of shape \[4, 32\], found of \[4, 31\]"):
+    with pytest.raises(ShapeError, match=r"SAE 'sae' expects a target of shape \[4, 32\], found \[4, 31\]"):
         SAETrainer(run_config(), make_sae("topk"), [Batch(torch.zeros(4, 32), torch.zeros(4, 31))], callbacks=[]).fit()
     with pytest.raises(DataError, match=r"SAE 'sae' reads None, the batch holds 'a'"):
         SAETrainer(run_config(), make_sae("topk"), [{"a": torch.zeros(4, 32)}], callbacks=[]).fit()
     with pytest.raises(ConfigError, match="there is no SAE to train"):
         SAETrainer(run_config(), {}, batches(), callbacks=[])
-    with pytest.raises(ConfigError, match=r"train\.device: 'tpu-9' is not a device"):
+    with pytest.raises(ConfigError, match=r"train\.device: expected auto or one of cpu.*, found 'tpu-9'"):
         SAETrainer(run_config(train={"device": "tpu-9"}), make_sae("topk"), batches())
 
 
