@@ -73,7 +73,8 @@ def test_values_equal_the_hosts_own_cache_in_any_order(bridge: Any, ids: Tensor)
     values = capture(bridge, names, ids)
     assert list(values) == names
     for name in names:
-        assert torch.equal(values[name], cache[name].reshape(*ids.shape, -1))
+        # Not bit by bit: the cache's hooks change where tensors lie in memory, and with it how some CPUs sum.
+        torch.testing.assert_close(values[name], cache[name].reshape(*ids.shape, -1), rtol=1e-5, atol=1e-7)
     again = capture(bridge, names[::-1], ids)
     assert all(torch.equal(again[name], values[name]) for name in names)
 
