@@ -43,7 +43,7 @@ def main() -> None:
             if args.json:
                 print(json.dumps({"size": size, "batch": args.batch, **cost._asdict()}))
             else:
-                print(f"{size:>12}  {cost.name:<10} {cost.seconds * 1e3:8.1f} ms  {cost.products:5.1f} products")
+                print(f"{size:>12}  {cost.name:<20} {cost.seconds * 1e3:8.1f} ms  {cost.products:5.1f} products")
 
 
 def measure(d_in: int, d_sae: int, batch: int, repeats: int) -> list[Cost]:
@@ -51,7 +51,8 @@ def measure(d_in: int, d_sae: int, batch: int, repeats: int) -> list[Cost]:
     x = torch.randn(batch, d_in)
     weights = torch.randn(d_in, d_sae)
     work: dict[str, Callable[[], object]] = {"product": lambda: x @ weights}
-    for name, architecture in list_architectures().items():
+    trainable = {name: found for name, found in list_architectures().items() if found.sae.trainable}
+    for name, architecture in trainable.items():
         cfg = RunConfig.from_dict({"tokens": 10**9, "train": {"batch_tokens": batch}})
         part = SAEInTraining(cfg, name, architecture.config(d_in=d_in, d_sae=d_sae).build())
         work[name] = lambda part=part: part.step(Batch(x, x), 0, 1.0)

@@ -2,9 +2,13 @@
 
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
 from test_docs import ROOT
+
+from sae_kit import SAE, list_architectures
+from sae_kit.cli import main
 
 
 def test_training_on_tensors_recovers_the_directions(capsys: pytest.CaptureFixture[str]) -> None:
@@ -17,4 +21,22 @@ def test_the_step_benchmark_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     arguments = ["step.py", "--sizes", "16x64", "--batch", "32", "--repeats", "1", "--json"]
     monkeypatch.setattr(sys, "argv", arguments)
     runpy.run_path(str(ROOT / "benchmarks" / "step.py"), run_name="__main__")
-    assert capsys.readouterr().out.count('"products"') == 5
+    trainable = [name for name, found in list_architectures().items() if found.sae.trainable]
+    assert capsys.readouterr().out.count('"products"') == 1 + len(trainable)
+
+
+def test_a_crosscoder_tells_shared_features_from_those_of_one_model() -> None:
+    first, shared, second = runpy.run_path(str(ROOT / "examples" / "model_diffing.py"))["main"]()
+    assert first >= 10
+    assert shared >= 40
+    assert second >= 10
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_runs(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["train.tokens=2048", "train.batch_tokens=256", "eval.tokens=512", "eval.fidelity_tokens=512"]
+    assert main(["train", str(path), *few, f"out={tmp_path}", "name=run"]) == 0
+    folders = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert folders
+    for folder in folders:
+        assert SAE.load_from_disk(folder).cfg.metadata.sites[0]
