@@ -1,5 +1,6 @@
 """Examples and benchmarks run."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -40,3 +41,13 @@ def test_every_config_runs(path: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert folders
     for folder in folders:
         assert SAE.load_from_disk(folder).cfg.metadata.sites[0]
+
+
+def test_the_ground_truth_benchmark_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "ground_truth.py"))
+    for name in script["RECIPES"]:
+        script["run_config"](name)
+    script["main"](["--architectures", "topk", "--seeds", "0", "--tokens", "20480", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["l0"] == pytest.approx(16, abs=0.5)
+    assert 0.3 < found["max_cos"] < 1
