@@ -40,7 +40,7 @@ RUN: dict[str, dict[str, Any]] = {
 }
 """The sections of a run; a recipe may replace fields of them."""
 
-UNIT_JUMP = {  # with unit decoder rows a pre-activation has the length of what it adds, here 2.7 on average
+UNIT_JUMP = {  # with unit decoder rows a pre-activation has the length of what it adds, here 2.8 on average
     "architecture": "jumprelu",
     "decoder_norm_constraint": "unit",
     "jumprelu_init_threshold": 1.0,
