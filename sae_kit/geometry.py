@@ -129,7 +129,7 @@ class Geometry:
         assert total is not None
         return total.reshape(-1, *self.out_shape)
 
-    def apply_skip(self, x: Float[Tensor, "rows ..."], W_skip: Tensor) -> Float[Tensor, "rows ..."]:
+    def apply_skip(self, x: Float[Tensor, "..."], W_skip: Tensor) -> Float[Tensor, "..."]:
         """x W_skipᵀ, each layer with its own map."""
         return torch.einsum("...d,...od->...o", x, W_skip.to(x.dtype))
 

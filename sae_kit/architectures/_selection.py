@@ -42,7 +42,7 @@ class SelectionConfig(SAEConfig):
     """latents selected in each row"""
 
     def values(self, tokens: int, total: int) -> dict[str, float]:
-        annealed = {} if self.k_annealing is None else {"k": self.k_annealing.k(self.k, tokens, total)}
+        annealed = {} if self.k_annealing is None else {"k": self.k_annealing.k(float(self.k), tokens, total)}
         return super().values(tokens, total) | annealed
 
     def check_k(self, k: int | float) -> None:
@@ -251,6 +251,11 @@ class BatchSelectionSAE(SelectionSAE):
         """k has come to its end: thresholds of larger k count no more."""
         self.threshold_average.zero_()
         self.threshold_weight.zero_()
+
+    def scale_biases(self, factor: Float[Tensor, "..."]) -> None:
+        super().scale_biases(factor)
+        if not self.rescales:  # θ̄ is compared with h, and the norms that are folded are equal
+            self.threshold_average.mul_(factor.reshape(self._scopes, -1)[:, 0].view_as(self.threshold_average))
 
     def training_state(self) -> dict[str, Float[Tensor, ""]]:
         threshold = self.threshold_average / self.threshold_weight.clamp(min=1e-30)
