@@ -9,7 +9,7 @@ rows and weights.
 
 An SAE is scored on fresh rows, as many as make a latent dead (`dead_after_tokens`): a latent is dead if it is silent in
 all of them. Max-cos is the largest cosine of a true direction with the decoder row of any living latent, averaged over
-the 256.
+the 256; where codes have signs that of the cosine is left out.
 """
 
 import argparse
@@ -108,16 +108,18 @@ class Score(NamedTuple):
 def score(sae: SAE, truth: GroundTruth, number: int, draw: torch.Generator) -> Score:
     """The score of `sae` over `number` fresh rows."""
     fired = torch.zeros(sae.d_sae, dtype=torch.int64)
-    missed, total, mean = 0.0, 0.0, torch.zeros(sae.d_in)
+    missed, total, mean, signed = 0.0, 0.0, torch.zeros(sae.d_in), False
     for start in range(0, number, 8192):
         u = truth.rows(min(8192, number - start), draw)
         codes = sae.encode_sparse(u)
+        signed |= bool((codes.values < 0).any())
         fired += codes.firing_counts()
         missed += (u - sae.decode(codes)).square().sum().item()
         total += u.square().sum().item()
         mean += u.sum(dim=0) / number
     alive = fired > 0
     cosines = truth.directions @ F.normalize(sae.W_dec[alive], dim=1).T
+    cosines = cosines.abs() if signed else cosines
     return Score(
         max_cos=cosines.amax(dim=1).mean().item() if alive.any() else 0.0,
         l0=fired.sum().item() / number,

@@ -27,7 +27,7 @@ OTHER: Mapping[str, Mapping[str, Any]] = {
     "reshape_activations": {"reshape_activations": "hook_z"},
     "metadata": {"metadata": SAEMetadata(model_name="demo", hook_name="a.site", extra={"mine": [1, {"a": None}]})},
     # training of all
-    "decoder_init_norm": {"decoder_init_norm": 0.5},
+    "decoder_init_norm": {"decoder_norm_constraint": "free", "decoder_init_norm": 0.5},
     "dead_after_tokens": {"dead_after_tokens": 10_000},
     "aux_coefficient": SOME_DEAD,
     "aux_k": SOME_DEAD | {"aux_k": 2},

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -25,6 +26,8 @@ class GatedSAEConfig(SAEConfig):
     """the penalty grows linearly over so many tokens"""
     detach_aux_decoder: bool = training_only(True)
     """the gate's own reconstruction sees a frozen copy of the decoder, as in the paper"""
+    decoder_norm_constraint: Literal["free", "unit"] = training_only("unit")
+    """unit, as in the paper: the penalty on the gate would shrink free rows, and nothing would hold them"""
     p_annealing: PAnnealing | None = training_only(None)
     """penalise Σ|gate|^p with a p that falls in the course of the run; None = p stays 1"""
 
