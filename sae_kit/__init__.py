@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from sae_kit.architectures.batchtopk import BatchTopKSAE, BatchTopKSAEConfig
     from sae_kit.architectures.gated import GatedSAE, GatedSAEConfig
     from sae_kit.architectures.jumprelu import JumpReLUSAE, JumpReLUSAEConfig
+    from sae_kit.architectures.matching_pursuit import MatchingPursuitSAE, MatchingPursuitSAEConfig
     from sae_kit.architectures.matryoshka import MatryoshkaBatchTopKSAE, MatryoshkaBatchTopKSAEConfig
     from sae_kit.architectures.standard import StandardSAE, StandardSAEConfig
+    from sae_kit.architectures.temporal import TemporalSAE, TemporalSAEConfig
     from sae_kit.architectures.topk import TopKSAE, TopKSAEConfig
     from sae_kit.data.batch import Batch
     from sae_kit.data.store import ActivationsStore
@@ -32,8 +34,10 @@ _HOMES = {
     "sae_kit.architectures.batchtopk": ("BatchTopKSAE", "BatchTopKSAEConfig"),
     "sae_kit.architectures.gated": ("GatedSAE", "GatedSAEConfig"),
     "sae_kit.architectures.jumprelu": ("JumpReLUSAE", "JumpReLUSAEConfig"),
+    "sae_kit.architectures.matching_pursuit": ("MatchingPursuitSAE", "MatchingPursuitSAEConfig"),
     "sae_kit.architectures.matryoshka": ("MatryoshkaBatchTopKSAE", "MatryoshkaBatchTopKSAEConfig"),
     "sae_kit.architectures.standard": ("StandardSAE", "StandardSAEConfig"),
+    "sae_kit.architectures.temporal": ("TemporalSAE", "TemporalSAEConfig"),
     "sae_kit.architectures.topk": ("TopKSAE", "TopKSAEConfig"),
     "sae_kit.data.batch": ("Batch",),
     "sae_kit.data.store": ("ActivationsStore",),
@@ -61,6 +65,8 @@ __all__ = [
     "HookedSAETransformer",
     "JumpReLUSAE",
     "JumpReLUSAEConfig",
+    "MatchingPursuitSAE",
+    "MatchingPursuitSAEConfig",
     "MatryoshkaBatchTopKSAE",
     "MatryoshkaBatchTopKSAEConfig",
     "RunConfig",
@@ -71,6 +77,8 @@ __all__ = [
     "SparseCodes",
     "StandardSAE",
     "StandardSAEConfig",
+    "TemporalSAE",
+    "TemporalSAEConfig",
     "TopKSAE",
     "TopKSAEConfig",
     "__version__",

@@ -98,6 +98,8 @@ class SAE(nn.Module, ABC):
         {"sae", "skip", "transcoder", "skip_transcoder", "crosscoder", "clt"}
     )
     """kinds of geometry that the architecture makes sense with"""
+    reads_sequences: ClassVar[bool] = False
+    """whether the axis before the features is time, so that the code of a row depends on the rows before it"""
 
     W_enc: Tensor
     b_enc: Tensor
@@ -126,10 +128,9 @@ class SAE(nn.Module, ABC):
         self.seed = seed
         """root of the draws that training makes for this SAE"""
         wide = _exact_dtype(DTYPES[cfg.dtype])
-        mode = cfg.normalize_activations or "none"
-        self.norm_in = Normalization(mode, self.geometry.in_shape, wide, cfg.norm_statistic)
+        self.norm_in = self.make_normalization(self.geometry.in_shape)
         if not self.geometry.same_site:
-            self.norm_out = Normalization(mode, self.geometry.out_shape, wide, cfg.norm_statistic)
+            self.norm_out = self.make_normalization(self.geometry.out_shape)
         for name, shape in self.parameter_shapes().items():
             dtype = wide if name in self.exact_dtype_tensors else DTYPES[cfg.dtype]
             parameter = nn.Parameter(torch.zeros(shape, dtype=dtype))
@@ -208,6 +209,16 @@ class SAE(nn.Module, ABC):
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the parameters, in the order of files."""
         return self.geometry.parameter_shapes()
+
+    def make_normalization(self, shape: tuple[int, ...]) -> Normalization:
+        """What brings activations of this shape into training space, without statistics yet."""
+        mode, wide = self.cfg.normalize_activations or "none", _exact_dtype(DTYPES[self.cfg.dtype])
+        return Normalization(mode, shape, wide, self.cfg.norm_statistic)
+
+    @property
+    def adds_b_dec(self) -> bool:
+        """Whether the output has b_dec; with one matrix both ways it is on both sides or on neither."""
+        return True
 
     def gate_threshold(self) -> Float[Tensor, " n_latents"] | None:
         """θ that a latent's pre-activation must pass, in its units; None is 0."""
@@ -425,7 +436,9 @@ class SAE(nn.Module, ABC):
         """codes · W_dec + b_dec, in training space: [..., *out_shape]."""
         leading = codes.leading if isinstance(codes, SparseCodes) else tuple(codes.shape[:-1])
         rows = codes if isinstance(codes, SparseCodes) else codes.reshape(-1, self.geometry.n_latents)
-        return (self.geometry.decode(rows, self.W_dec) + self.b_dec).reshape(*leading, *self.geometry.out_shape)
+        recons = self.geometry.decode(rows, self.W_dec)
+        recons = recons + self.b_dec if self.adds_b_dec else recons
+        return recons.reshape(*leading, *self.geometry.out_shape)
 
     def training_space(self, u: Float[Tensor, "..."]) -> Float[Tensor, "rows ..."]:
         """Raw activations, normalised and in rows: [..., *in_shape] -> [rows, *in_shape]."""

@@ -5,7 +5,7 @@ import dataclasses
 from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 
@@ -46,6 +46,8 @@ class SAEConfig(ABC):
     """Fields of every architecture. `d_in` may be left to the hook of a run; all but `d_sae` have a default."""
 
     architecture: ClassVar[str] = ""
+    normalizations: ClassVar[frozenset[str]] = frozenset(get_args(NormalizationMode)) - {"constant_scalar_rescale"}
+    """modes of normalisation that the architecture makes sense with"""
 
     d_in: int | None = None
     """width of the activations; None = the hook's"""
@@ -98,6 +100,11 @@ class SAEConfig(ABC):
             if size is not None and size < 1:
                 raise ConfigError(f"{name} must be at least 1, found {size}")
         self._check_geometry()
+        if (self.normalize_activations or "none") not in self.normalizations:
+            raise ConfigError(
+                f"{self.architecture} has no normalize_activations={self.normalize_activations!r}; it can be: "
+                f"{', '.join(sorted(self.normalizations))}"
+            )
         if self.decoder_init_norm is not None and self.decoder_init_norm <= 0:
             raise ConfigError(f"decoder_init_norm must be positive or None, found {self.decoder_init_norm}")
         if self.aux_k is not None and self.aux_k < 1:

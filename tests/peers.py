@@ -121,9 +121,11 @@ def along_sphere(rows: Tensor, gradient: Tensor) -> Tensor:
 def build(golden: Golden, architecture: str, *, width: int, **fields: Any) -> SAE:
     """Our SAE with the parameters of a case; `width` is its d_sae."""
     cls = list_architectures()[architecture].config
-    fields |= {"d_in": len(golden["param.W_enc"]), "d_sae": width, "dtype": golden.dtype}
+    given = golden.part("param")
+    d_in = given["W_enc"].shape[0] if "W_enc" in given else given["W_dec"].shape[1]  # tied to the decoder
+    fields |= {"d_in": d_in, "d_sae": width, "dtype": golden.dtype}
     sae = cls(**fields).build()
-    given, ours = golden.part("param"), dict(sae.named_parameters())
+    ours = dict(sae.named_parameters())
     assert given.keys() == ours.keys()
     with torch.no_grad():
         for name, parameter in ours.items():
