@@ -11,6 +11,8 @@ import pytest
 from sae_kit import RunConfig, __version__, list_architectures
 from sae_kit.cli import main, parse_train
 from sae_kit.errors import ConfigError, UnknownArchitectureError, UnknownConfigKeyError
+from sae_kit.training.init import InitConfig
+from sae_kit.training.resampling import ResampleConfig
 
 TRAIN = ["--model", "demo", "--dataset", "demo", "--hook", "blocks.2.hook_resid_pre", "--tokens", "8192"]
 
@@ -95,6 +97,20 @@ def test_values_are_written_as_in_yaml() -> None:
     assert cfg.schedule.warm_up_tokens == "5%"
     assert cfg.log.wandb is not None
     assert [source.weight for source in cfg.data.sources] == [1.0, 2.0]
+
+
+def test_start_and_resampling_of_an_sae_are_set_by_their_paths() -> None:
+    arguments = [*TRAIN, "--arch", "standard", "--sae.d_sae", "512"]
+    entry = parse(*arguments, "saes.sae.init.b_dec=geometric_median", "saes.sae.resample.interval_tokens=20%").saes[
+        "sae"
+    ]
+    assert entry.init == InitConfig(b_dec="geometric_median")
+    assert entry.resample == ResampleConfig(interval_tokens="20%")
+    assert parse(*arguments).saes["sae"].init is parse(*arguments).saes["sae"].resample is None
+    with pytest.raises(UnknownConfigKeyError, match=r"'saes.sae.init.b_dce' in InitConfig. Did you mean 'b_dec'\?"):
+        parse(*arguments, "saes.sae.init.b_dce=mean")
+    with pytest.raises(ConfigError, match=r"saes.sae.init: firing_rate is for b_enc='quantile'"):
+        parse(*arguments, "saes.sae.init.firing_rate=0.1")
 
 
 @pytest.mark.parametrize("name", list_architectures())

@@ -16,7 +16,9 @@ from sae_kit.data.capture import ModelConfig
 from sae_kit.data.tokens import DataConfig
 from sae_kit.errors import ConfigError
 from sae_kit.sae_config import SAEConfig
+from sae_kit.training.init import InitConfig
 from sae_kit.training.optim import OptimConfig
+from sae_kit.training.resampling import ResampleConfig
 from sae_kit.training.schedules import ScheduleConfig
 
 
@@ -34,6 +36,10 @@ class SAEEntry:
     """learning rate of this SAE; None = optim.lr"""
     seed: int | None = None
     """seed of the initial weights; None = from the run's seed"""
+    init: InitConfig | None = None
+    """fit the start to the first rows; None = as built"""
+    resample: ResampleConfig | None = None
+    """give dead latents new directions; None = never"""
 
     @property
     def sites(self) -> tuple[tuple[str, ...], tuple[str, ...]]:

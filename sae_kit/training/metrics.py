@@ -8,7 +8,7 @@ frequencies are of a window of their own.
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_kit import ops
@@ -72,6 +72,10 @@ class TrainingMetrics:
             self._density = self._density_since_window_start()
             self._window_rows, self._window_counts = 0, self._sae.firing_count.clone()
             self._has_window = True
+
+    def forget(self, latents: Int[Tensor, " latents"]) -> None:
+        """The firing counts of these latents were set to 0."""
+        self._window_counts[latents] = 0
 
     def _density_since_window_start(self) -> Float[Tensor, " d_sae"]:
         return (self._sae.firing_count - self._window_counts).double() / max(self._window_rows, 1)

@@ -23,6 +23,7 @@ from sae_kit.sae import SAE
 from sae_kit.training.callbacks import Callback, Callbacks, Console
 from sae_kit.training.config import RunConfig
 from sae_kit.training.dead import DeadLatents
+from sae_kit.training.init import InitConfig, check_init, estimate_statistics, initialize_from
 from sae_kit.training.losses import training_losses, training_pass
 from sae_kit.training.metrics import TrainingMetrics
 from sae_kit.training.optim import (
@@ -31,6 +32,7 @@ from sae_kit.training.optim import (
     project_decoder_gradient,
     set_learning_rate,
 )
+from sae_kit.training.resampling import Resampler
 from sae_kit.training.schedules import StepValues
 
 log = logging.getLogger(__name__)
@@ -170,8 +172,8 @@ class SAETrainer:
         return torch.stack(rows, dim=1) if several else rows[0]
 
     def _with_statistics(self) -> Iterator[Item]:
-        """All batches, the first of which have already served each SAE to estimate its normalisation."""
-        waiting = {name: part.sae for name, part in self.in_training.items() if _needs_sample(part.sae)}
+        """All batches, the first of which have already served each SAE for its normalisation and its start."""
+        waiting = {name: part for name, part in self.in_training.items() if part.needs_sample}
         stream = iter(self._batches)
         if not waiting:
             return stream
@@ -184,12 +186,11 @@ class SAETrainer:
             stream = itertools.chain(samples, stream)
         if not samples:
             return stream
-        for name, sae in waiting.items():
-            batches = [self._batch(sample, name, sae) for sample in samples]
+        for name, part in waiting.items():
+            batches = [self._batch(sample, name, part.sae) for sample in samples]
             x = torch.cat([batch.x for batch in batches]) if len(batches) > 1 else batches[0].x
-            sae.norm_in.estimate(x)
-            if not sae.geometry.same_site:
-                sae.norm_target.estimate(torch.cat([batch.y for batch in batches]))
+            same = all(batch.y is batch.x for batch in batches)
+            part.start_from(Batch(x, x if same else torch.cat([batch.y for batch in batches])))
         return stream
 
     def _metrics(self) -> dict[str, float | int]:
@@ -227,6 +228,32 @@ class SAEInTraining:
         self.details: dict[str, float] = {}
         self._clipped = clipped_parameters(sae)
         self._schedule = StepValues(sae.cfg, total)
+        self._init = None if entry is None else entry.init
+        self.resampler: Resampler | None = None
+        try:
+            if self._init is not None:
+                check_init(sae, self._init)
+            if entry is not None and entry.resample is not None:
+                self.resampler = Resampler(sae, entry.resample, total)
+        except ConfigError as error:
+            raise ConfigError(f"SAE {name!r}: {error}") from error
+
+    @property
+    def needs_sample(self) -> bool:
+        """Whether rows are wanted before the first step: for the normalisation, or for the start of a fresh SAE."""
+        sae = self.sae
+        return sae.norm_in.needs_estimate or sae.norm_target.needs_estimate or self._start is not None
+
+    def start_from(self, sample: Batch) -> None:
+        """Take statistics, and the start of a fresh SAE, from raw rows."""
+        estimate_statistics(self.sae, sample)
+        if self._start is not None:
+            initialize_from(self.sae, sample, self._start, self.sae.seed)
+
+    @property
+    def _start(self) -> InitConfig | None:
+        """How the SAE starts, if it has not been trained yet."""
+        return self._init if int(self.sae.tokens_seen) == 0 else None
 
     def step(self, batch: Batch, tokens: int, lr_factor: float) -> None:
         """One step on `batch`, after `tokens` rows; `lr_factor` scales the learning rates."""
@@ -237,6 +264,8 @@ class SAEInTraining:
             sae.schedule_settled()
         run = training_pass(sae, batch, values)
         self.dead.observe(run.encoding.codes.detach(), rows, tokens)
+        if self.resampler is not None:
+            self.resampler.observe(run, tokens)
         losses = training_losses(sae, run, values, self.dead)
         losses.total.backward()
         project_decoder_gradient(sae)
@@ -251,14 +280,15 @@ class SAEInTraining:
         self.details |= {
             f"details/{name}": value for name, value in values.items() if name != "threshold_window_tokens"
         }
+        if self.resampler is not None:
+            latents = self.resampler.apply(self.optimizer, tokens, rows)
+            if latents is not None:
+                self.metrics.forget(latents)
+            self.details["details/resampled"] = self.resampler.resampled
 
     def dead_fraction(self) -> float:
         """Share of latents that have been silent for `dead_after_tokens` of training."""
         return self.dead.mask().double().mean().item()
-
-
-def _needs_sample(sae: SAE) -> bool:
-    return sae.norm_in.needs_estimate or sae.norm_target.needs_estimate
 
 
 def _first(stream: Iterator[Item], rows: int) -> list[Item]:
