@@ -20,6 +20,7 @@ from sae_kit.normalization import Affine, Normalization
 
 if TYPE_CHECKING:
     from sae_kit.sae import SAE
+    from sae_kit.weights import SAEWeights
 
 
 def fold_decoder_norm(sae: SAE) -> None:
@@ -56,7 +57,7 @@ def fold_normalization(sae: SAE) -> None:
     sae.cfg = dataclasses.replace(sae.cfg, normalize_activations="none")
 
 
-def fold_affine(sae: SAE, read: Affine, written: Affine) -> None:
+def fold_affine(sae: SAEWeights, read: Affine, written: Affine) -> None:
     """Weights that read and write raw activations. See the formulas of this file."""
     geometry, subtracts = sae.geometry, bool(sae.cfg.apply_b_dec_to_input)
     W_enc = read.matrix @ sae.W_enc.double()
