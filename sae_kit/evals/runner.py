@@ -20,6 +20,7 @@ from sae_kit.evals.family import FAMILIES, EvalStep, Family, Metrics
 from sae_kit.evals.fidelity import FidelityStep, Positions
 from sae_kit.evals.moments import Moments
 from sae_kit.evals.reconstruction import Reconstruction
+from sae_kit.ops import SparseCodes
 from sae_kit.sae import SAE
 from sae_kit.splicing import observed, replaced, require_sae, sites_of, spliced_sites
 
@@ -78,7 +79,14 @@ class _Subject:
             for site, family in enumerate(self.sites):
                 family.update(EvalStep(target[:, site], y_hat[:, site], codes))
 
-    def _rows(self, values: Mapping[str, Tensor], sites: list[BoundSite]) -> Float[Tensor, "tokens ..."]:
+    def measure_sequences(self, values: Mapping[str, Float[Tensor, "rows context _"]], positions: Positions) -> None:
+        """The same of an SAE that needs the tokens before each: encoded in whole, measured where eligible."""
+        codes = self.sae.encode_sparse(self._rows(values, self.reads))
+        target, y_hat = positions.select(self._rows(values, self.writes)), positions.select(self.sae.decode(codes))
+        eligible = SparseCodes.from_dense(positions.select(codes.to_dense()))
+        self.update("activations", EvalStep(target, y_hat, eligible))
+
+    def _rows(self, values: Mapping[str, Tensor], sites: list[BoundSite]) -> Float[Tensor, "..."]:
         rows = [values[site.spelling].to(self.sae.device) for site in sites]
         return rows[0] if len(self.sae.geometry.in_shape) == 1 else torch.stack(rows, dim=1)
 
@@ -174,6 +182,7 @@ class _Pass:
         self._model, self._subjects, self._excluded = model, subjects, excluded_ids
         self._sites = {site.spelling: site for s in subjects for site in (*s.reads, *s.writes)}
         self._spliced = [s for s in subjects if s.is_spliced]
+        self._needs_sequences = any(s.sae.reads_sequences for s in subjects)
         means = {s.place: Moments(s.sae.d_out, s.sae.device) for s in self._spliced}
         self._means = means if ablation == "mean" else {}
         self._rows_per_forward = rows_per_forward
@@ -190,13 +199,13 @@ class _Pass:
             ce_positions += positions.n_targets if with_logits else 0
             ids = batch.to(self._device)
             if with_logits and not self._means:
-                with observed(self._model, self._sites.values(), positions.select) as values:
+                view = Tensor.clone if self._needs_sequences else positions.select
+                with observed(self._model, self._sites.values(), view) as values:
                     clean = self._logits(ids)
-                self._measure(values)
+                self._measure(values, positions)
                 self._compare(ids, positions, clean)
             else:
-                seen = capture(self._model, self._sites.values(), ids, **self._kwargs)
-                self._measure({site: positions.select(value) for site, value in seen.items()})
+                self._measure(capture(self._model, self._sites.values(), ids, **self._kwargs), positions)
         if self._means:
             for batch, _ in self._batches(rows[:looked_at], looked_at):
                 ids = batch.to(self._device)
@@ -218,12 +227,17 @@ class _Pass:
             if len(part):
                 yield from ((batch, with_logits) for batch in part.split(size))
 
-    def _measure(self, values: Mapping[str, Float[Tensor, "eligible width"]]) -> None:
+    def _measure(self, values: Mapping[str, Float[Tensor, "..."]], positions: Positions) -> None:
+        """Values are whole, [rows, context, width], or of eligible positions already, [eligible, width]."""
+        eligible = {site: value if value.ndim == 2 else positions.select(value) for site, value in values.items()}
         for subject in self._subjects:
-            subject.measure(values)
+            if subject.sae.reads_sequences:
+                subject.measure_sequences(values, positions)
+            else:
+                subject.measure(eligible)
         for place, moments in self._means.items():
             at_place = next(s for s in self._spliced if s.place == place)
-            moments.update(values[at_place.site.spelling].to(moments.mean.device))
+            moments.update(eligible[at_place.site.spelling].to(moments.mean.device))
 
     def _compare(self, ids: Int[Tensor, "rows context"], positions: Positions, clean: Tensor) -> None:
         ce_clean, _ = positions.losses(clean, None)

@@ -53,7 +53,8 @@ def test_everything_equals_a_brute_force(toy: Toy, name: str, ablation: Any) -> 
     with torch.no_grad():
         x = toy.embed(rows)
         y = toy.layer(x)
-        y_hat, acts = sae(y), sae.encode(y)[eligible] * sae.decoder_norms() ** (0 if sae.rescales else 1)
+        folded = sae.decoder_norm_folds() and not sae.rescales  # codes of the form for use are lengths
+        y_hat, acts = sae(y), sae.encode(y)[eligible] * (sae.decoder_norms() if folded else 1)
         instead = torch.zeros_like(y) if ablation == "zero" else y[eligible].mean(0).expand_as(y)
         p, q, r = (
             toy.head(torch.tanh(torch.where(eligible[..., None], v, y)) + x).log_softmax(-1)
