@@ -190,6 +190,8 @@ class SAEConfig(ABC):
         for name, (value, warm_up) in self.coefficients().items():
             length = trees.resolve_tokens(warm_up, total, f"{name.removesuffix('_coefficient')}_warm_up_tokens")
             found[name] = value * linear_warm_up(tokens, length)
+        if (annealing := self.penalty_annealing()) is not None:
+            found["p"] = annealing.p(tokens, total)
         return found
 
     def penalty_annealing(self) -> PAnnealing | None:

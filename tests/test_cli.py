@@ -115,7 +115,7 @@ def test_start_and_resampling_of_an_sae_are_set_by_their_paths() -> None:
 
 @pytest.mark.parametrize("name", list_architectures())
 def test_every_architecture_has_its_flags(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert parse(*TRAIN, "--arch", name, "--sae.d_sae", "64").saes["sae"].sae.architecture == name
+    assert parse(*TRAIN, "--arch", name, "--sae.d_sae", "512").saes["sae"].sae.architecture == name
     with pytest.raises(SystemExit) as stop:
         parse("--arch", name, "--help")
     assert stop.value.code == 0

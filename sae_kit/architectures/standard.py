@@ -44,10 +44,6 @@ class StandardSAEConfig(SAEConfig):
     def coefficients(self) -> dict[str, Coefficient]:
         return {"l1_coefficient": Coefficient(self.l1_coefficient, self.l1_warm_up_tokens)}
 
-    def values(self, tokens: int, total: int) -> dict[str, float]:
-        annealed = {} if self.p_annealing is None else {"p": self.p_annealing.p(tokens, total)}
-        return super().values(tokens, total) | annealed
-
     def penalty_annealing(self) -> PAnnealing | None:
         return self.p_annealing
 
