@@ -6,11 +6,10 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from helpers import D_IN, D_OUT, SITES, small_fields
+from helpers import D_IN, D_OUT, SITES, refused, small_fields
 
 from sae_kit import SAEMetadata, list_architectures
 from sae_kit.annealing import KAnnealing, PAnnealing
-from sae_kit.errors import ConfigError
 from sae_kit.sae_config import SAEConfig
 
 QUADRATIC = {"jumprelu_sparsity_loss_mode": "quadratic"}
@@ -95,15 +94,6 @@ def another(field: Any, hint: Any) -> Any:
             if kind in plain:
                 return plain[kind]
     raise AssertionError(f"tests/fields.py: OTHER needs a value of {field.name}, which {hint} does not suggest")
-
-
-def refused(name: str, fields: Mapping[str, Any]) -> bool:
-    """Whether an architecture says that it has no such form."""
-    found = list_architectures()[name]
-    try:
-        return found.config(**{**small_fields(name), **fields}).geometry().kind not in found.sae.geometries
-    except ConfigError:
-        return True
 
 
 def configs_of_other_values(name: str) -> list[SAEConfig]:

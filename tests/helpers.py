@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sae_kit import RunConfig, SAETrainer, list_architectures
 from sae_kit.data.batch import Batch
+from sae_kit.errors import ConfigError
 from sae_kit.sae import SAE
 from sae_kit.sae_config import SAEConfig
 from sae_kit.seeding import generator
@@ -78,6 +79,15 @@ def small_fields(name: str) -> dict[str, Any]:
     return {"d_in": D_IN, "d_sae": D_SAE} | {field: value for field, value in SMALL.items() if hasattr(cls, field)}
 
 
+def refused(name: str, fields: Mapping[str, Any]) -> bool:
+    """Whether an architecture says that it has no such form."""
+    found = list_architectures()[name]
+    try:
+        return found.config(**{**small_fields(name), **fields}).geometry().kind not in found.sae.geometries
+    except ConfigError:
+        return True
+
+
 def make_config(name: str, geometry: str = "sae", **fields: Any) -> SAEConfig:
     """The default config of an architecture at the tests' size; fields that it lacks are left out."""
     return list_architectures()[name].config(**{**small_fields(name), **GEOMETRIES[geometry], **fields})
@@ -85,6 +95,8 @@ def make_config(name: str, geometry: str = "sae", **fields: Any) -> SAEConfig:
 
 def make_sae(name: str, geometry: str = "sae", *, seed: int = 0, **fields: Any) -> SAE:
     """An SAE of non-zero parameters, unequal decoder norms, and thresholds in the range of its inputs."""
+    if not refused(name, unequal := {"decoder_norm_constraint": "free"}):
+        fields = unequal | fields
     sae = make_config(name, geometry, **fields).build(seed=seed)
     noises = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():

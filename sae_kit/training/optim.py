@@ -51,10 +51,10 @@ class OptimConfig:
         lr = AUTO_LR * (AUTO_LR_WIDTH / sae.d_sae) ** 0.5 if self.lr == "auto" else float(self.lr)
         threshold_factor = getattr(sae.cfg, "threshold_lr_factor", 1.0)
         kinds: dict[str, list[Tensor]] = {"matrices": [], "biases": [], "thresholds": []}
+        per_site = (sae.latent_shape, sae.geometry.out_shape)  # of several sites a bias has two axes
         for name, parameter in sae.named_parameters():
-            kinds[
-                "thresholds" if name in sae.threshold_names else "matrices" if parameter.ndim > 1 else "biases"
-            ].append(parameter)
+            bias = parameter.ndim == 1 or tuple(parameter.shape) in per_site
+            kinds["thresholds" if name in sae.threshold_names else "biases" if bias else "matrices"].append(parameter)
         groups: list[dict[str, Any]] = [
             {"params": kinds["matrices"], "lr": lr, "weight_decay": self.weight_decay},
             {"params": kinds["biases"], "lr": lr, "weight_decay": 0.0},
