@@ -72,6 +72,7 @@ class MatchingPursuitSAE(SAE):
 
     cfg: MatchingPursuitSAEConfig
     geometries = frozenset({"sae"})
+    norm_fold_is_exact = False
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = super().parameter_shapes()

@@ -63,7 +63,7 @@ class Resampler:
         Raises:
             ConfigError: latents that compete with each other, which a new direction would not wake.
         """
-        if not sae.norm_fold_is_exact or "W_enc" not in sae._parameters:
+        if not sae.norm_fold_is_exact:
             raise ConfigError(
                 f"resample: latents of {sae.cfg.architecture} SAEs compete with each other, and a small new one would "
                 "never be selected; AuxK keeps them alive (aux_coefficient). Leave resample out"
