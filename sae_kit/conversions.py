@@ -39,6 +39,9 @@ def to_jumprelu(sae: SAE, threshold: Float[Tensor, " n_latents"] | float) -> SAE
     """A JumpReLU SAE of the same weights, whose latents are on above `threshold`, in units of the pre-activation h.
 
     Decoder norms stay as they are; `codes` are h instead of h·n until they are folded.
+
+    Raises:
+        ConfigError: an architecture that has other weights, or codes below 0.
     """
     new = _rebuilt(sae, "jumprelu")
     with torch.no_grad():
@@ -48,7 +51,7 @@ def to_jumprelu(sae: SAE, threshold: Float[Tensor, " n_latents"] | float) -> SAE
 
 
 def to_topk(sae: SAE, k: int) -> SAE:
-    """A TopK SAE of the same weights."""
+    """A TopK SAE of the same weights. Errors as in `to_jumprelu`."""
     return _rebuilt(sae, "topk", k=k, rescale_acts_by_decoder_norm=sae.rescales)
 
 
@@ -56,18 +59,20 @@ def to_topk(sae: SAE, k: int) -> SAE:
 def calibrated(sae: SAE, batches: Iterable[Float[Tensor, "..."]], k: float | None = None) -> tuple[SAE, Calibration]:
     """A JumpReLU SAE with one threshold for all latents, with which k are on per row of `batches` on average.
 
-    Exactly the k·N largest z of N rows lie above it (Bussmann et al. 2024); the report has the L0 of `sae` and of the
-    result. `k=None` takes the SAE's own k. Memory: k·N numbers and the codes of one batch.
+    Exactly the k·N largest z of N rows lie above it (Bussmann et al. 2024), in a cross-layer transcoder k·N for each
+    layer; the report has the L0 of `sae` and of the result. `k=None` takes the SAE's own k. Memory: k·N numbers and the
+    codes of one batch.
 
     Raises:
-        ConfigError: an architecture without a ranking. DataError: no rows.
+        ConfigError: an architecture without a ranking, or with codes below 0. DataError: no rows.
     """
     ranked: Callable[[Tensor], Tensor] | None = getattr(sae, "ranked", None)
     if ranked is None:
         raise ConfigError(f"only architectures that rank latents can be calibrated, found {sae.cfg.architecture}")
     samples = list(batches)
     rows = sum(len(sae.training_space(batch)) for batch in samples)
-    number = round(float(sae.cfg.k if k is None else k) * rows)  # pyright: ignore[reportAttributeAccessIssue]
+    wanted = float(sae.cfg.k if k is None else k)  # pyright: ignore[reportAttributeAccessIssue]
+    number = max(round(wanted * rows * sae.geometry.layers), 1)
     largest, active = torch.empty(0, device=sae.device), 0
     for batch in samples:
         z = torch.relu(ranked(sae.preactivations(sae.training_space(batch)))).flatten()
@@ -76,7 +81,8 @@ def calibrated(sae: SAE, batches: Iterable[Float[Tensor, "..."]], k: float | Non
         active += int((sae.encode(batch) != 0).sum())
     if not len(largest):
         raise DataError("calibration needs rows on which at least one latent is positive, found none")
-    threshold = float(largest[number]) if len(largest) > number else 0.0
+    # Halfway between the last that stays on and the first that does not, so that rounding moves neither across.
+    threshold = float(largest[number - 1 : number + 1].mean()) if len(largest) > number else 0.0
     scale = sae.decoder_norms() if sae.rescales else torch.ones_like(sae.decoder_norms())
     new = to_jumprelu(sae, threshold / scale)
     after = sum(int((new.encode(batch) != 0).sum()) for batch in samples)
@@ -94,6 +100,12 @@ def _rebuilt(sae: SAE, architecture: str, **fields: Any) -> SAE:
     cfg = target.config(**{**shared, **fields, "metadata": metadata})
     with torch.device("meta"):
         new = target.sae(cfg)
+    own_weights, weights = ({n for n, _ in s.named_parameters()} - s.threshold_names for s in (sae, new))
+    if own_weights != weights or sae.activation(torch.tensor(-1.0)) != 0:
+        other = ", ".join(sorted(own_weights ^ weights)) or "codes below 0"
+        raise ConfigError(
+            f"{sae.cfg.architecture} SAEs cannot become {architecture} ones, which differ from them in {other}"
+        )
     tensors = {name: tensor.detach().clone() for name, tensor in sae.state_dict().items()}
     empty = {
         name: torch.zeros(tensor.shape, dtype=tensor.dtype, device=sae.device)

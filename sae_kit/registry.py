@@ -74,7 +74,7 @@ def import_architectures(source: str) -> None:
     """
     path = Path(source)
     if path.suffix != ".py":
-        if importlib.util.find_spec(source) is None:
+        if not _has_module(source):
             raise ConfigError(f"--import: there is no module {source!r}; a file needs its ending .py")
         importlib.import_module(source)
         return
@@ -87,6 +87,17 @@ def import_architectures(source: str) -> None:
     assert spec.loader is not None
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+
+
+def _has_module(name: str) -> bool:
+    if not all(part.isidentifier() for part in name.split(".")):
+        return False
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError as error:  # of a package above it, or of something that such a package needs
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        return False
 
 
 def get_architecture(name: str) -> Architecture:

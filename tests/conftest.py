@@ -1,19 +1,45 @@
-"""What the whole suite shares: no network, and one real run of the demo."""
+"""What the whole suite shares: no network, one real run of the demo, and architectures that the command line names."""
 
 import os
 import subprocess
 import sys
 import time
+from typing import TYPE_CHECKING
 
 import pytest
-from helpers import DemoRun
+
+if TYPE_CHECKING:
+    from helpers import DemoRun  # importing it lists the architectures, so not before those of the command line
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a dead host costs 23 seconds of retries
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--import-architecture",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="Python file or module whose architectures are tested like those of the package",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    from sae_kit.errors import ConfigError
+    from sae_kit.registry import import_architectures
+
+    for source in config.getoption("--import-architecture") or ():
+        try:
+            import_architectures(source)
+        except ConfigError as error:
+            raise pytest.UsageError(str(error)) from error
+
+
 @pytest.fixture(scope="session")
-def demo_run(tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> "DemoRun":
     """One real demo for the whole session, in a process of its own."""
+    from helpers import DemoRun
+
     home = tmp_path_factory.mktemp("demo")
     start = time.perf_counter()
     done = subprocess.run(
