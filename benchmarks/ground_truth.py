@@ -48,9 +48,11 @@ UNIT_JUMP = {  # with unit decoder rows a pre-activation has the length of what 
     "jumprelu_ste_to_input": True,
 }
 
+BY_H = {"rescale_acts_by_decoder_norm": False}  # who is loud in both factors takes the places of all others
+
 RECIPES: dict[str, dict[str, Any]] = {
     "standard": {"sae": {"l1_coefficient": 2.5}},
-    "gated": {"sae": {"l1_coefficient": 1.7, "detach_aux_decoder": False}},
+    "gated": {"sae": {"l1_coefficient": 2.0}, "optim": {"lr": 3e-3}, "train": {"tokens": 1_000_000}},
     "jumprelu": {"sae": {**UNIT_JUMP, "l0_coefficient": 0.4}},
     "jumprelu_quadratic": {
         "sae": {**UNIT_JUMP, "jumprelu_sparsity_loss_mode": "quadratic", "target_l0": 14.0, "l0_coefficient": 0.3}
@@ -68,6 +70,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "train": {"tokens": 1_000_000},
     },
     "topk": {"sae": {"k": 16}},
+    "abstopk": {"sae": {"k": 16, **BY_H}},
+    "batchtopk": {"sae": {"k": 16, **BY_H}, "train": {"tokens": 1_000_000}},
+    "matryoshka_batchtopk": {
+        "sae": {"k": 16, "matryoshka_widths": [256, 512], **BY_H},
+        "train": {"tokens": 1_000_000},
+    },
+    "matching_pursuit": {"sae": {"residual_threshold": 2.0, "max_iterations": 20}, "train": {"tokens": 1_000_000}},
 }
 """Name -> fields of the SAE, and of the run where it differs; a variant of an architecture says which it is."""
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_kit.errors import ConfigError, DataError
+from sae_kit.ops import l0
 from sae_kit.registry import get_architecture
 from sae_kit.sae_config import SAEConfig
 
@@ -70,23 +71,55 @@ def calibrated(sae: SAE, batches: Iterable[Float[Tensor, "..."]], k: float | Non
     if ranked is None:
         raise ConfigError(f"only architectures that rank latents can be calibrated, found {sae.cfg.architecture}")
     samples = list(batches)
-    rows = sum(len(sae.training_space(batch)) for batch in samples)
+    rows = _rows_in(sae, samples)
     wanted = float(sae.cfg.k if k is None else k)  # pyright: ignore[reportAttributeAccessIssue]
     number = max(round(wanted * rows * sae.geometry.layers), 1)
-    largest, active = torch.empty(0, device=sae.device), 0
+    largest = torch.empty(0, device=sae.device)
     for batch in samples:
         z = torch.relu(ranked(sae.preactivations(sae.training_space(batch)))).flatten()
         largest = torch.cat([largest, z[z > 0]])
         largest = largest.topk(min(number + 1, len(largest))).values  # one more: the largest that stays off
-        active += int((sae.encode(batch) != 0).sum())
     if not len(largest):
         raise DataError("calibration needs rows on which at least one latent is positive, found none")
     # Halfway between the last that stays on and the first that does not, so that rounding moves neither across.
     threshold = float(largest[number - 1 : number + 1].mean()) if len(largest) > number else 0.0
     scale = sae.decoder_norms() if sae.rescales else torch.ones_like(sae.decoder_norms())
     new = to_jumprelu(sae, threshold / scale)
-    after = sum(int((new.encode(batch) != 0).sum()) for batch in samples)
-    return new, Calibration(threshold, active / rows, after / rows, rows)
+    return new, Calibration(threshold, _l0(sae, samples, rows), _l0(new, samples, rows), rows)
+
+
+@torch.no_grad()
+def with_learned_threshold(sae: SAE, batches: Iterable[Float[Tensor, "..."]]) -> tuple[SAE, Calibration]:
+    """The JumpReLU SAE that `to_inference` makes of one that selects over batches, before folds, and what it changes.
+
+    `l0_before` is that of training, with each of `batches` as one batch. A cross-layer transcoder may have a threshold
+    for each layer, of which the report gives the mean.
+
+    Raises:
+        ConfigError: no threshold was learned. DataError: no rows.
+    """
+    threshold: Tensor | None = getattr(sae, "inference_threshold", None)
+    if threshold is None:
+        raise ConfigError(
+            f"this {sae.cfg.architecture} SAE has learned no threshold: BatchTopK and Matryoshka SAEs do, in training; "
+            "`calibrated` finds one for any that ranks latents"
+        )
+    samples = list(batches)
+    rows, new = _rows_in(sae, samples), sae.for_use()
+    values = sae.cfg.values(0, 1) | {"k": float(sae.cfg.k)}  # pyright: ignore[reportAttributeAccessIssue]
+    chosen = sum(int(l0(sae.training_encoding(sae.training_space(batch), values).codes).sum()) for batch in samples)
+    return new, Calibration(float(threshold.mean()), chosen / rows, _l0(new, samples, rows), rows)
+
+
+def _rows_in(sae: SAE, batches: list[Tensor]) -> int:
+    rows = sum(len(sae.training_space(batch)) for batch in batches)
+    if not rows:
+        raise DataError("expected some rows to measure L0 on, found none")
+    return rows
+
+
+def _l0(sae: SAE, batches: list[Tensor], rows: int) -> float:
+    return sum(int((sae.encode(batch) != 0).sum()) for batch in batches) / rows
 
 
 def _rebuilt(sae: SAE, architecture: str, **fields: Any) -> SAE:

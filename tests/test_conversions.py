@@ -5,7 +5,7 @@ import torch
 from helpers import ARCHITECTURES, inputs, make_sae
 
 from sae_kit import list_architectures
-from sae_kit.conversions import calibrated, to_jumprelu, to_topk
+from sae_kit.conversions import calibrated, to_jumprelu, to_topk, with_learned_threshold
 from sae_kit.errors import ConfigError, DataError
 
 PLAIN = ("batchtopk", "jumprelu", "matryoshka_batchtopk", "standard", "topk")
@@ -67,7 +67,7 @@ def test_a_calibrated_threshold_gives_the_l0_that_was_asked_for(name: str, geome
 def test_calibration_needs_a_ranking_and_rows() -> None:
     with pytest.raises(ConfigError, match="only architectures that rank latents can be calibrated, found standard"):
         calibrated(make_sae("standard"), [])
-    with pytest.raises(DataError, match="at least one latent is positive, found none"):
+    with pytest.raises(DataError, match="expected some rows to measure L0 on, found none"):
         calibrated(make_sae("topk"), [])
     with pytest.raises(ConfigError, match="codes below 0"):
         calibrated(make_sae("abstopk"), [inputs(make_sae("abstopk"), 10)])
@@ -75,3 +75,26 @@ def test_calibration_needs_a_ranking_and_rows() -> None:
 
 def test_every_architecture_is_looked_at() -> None:
     assert set(ARCHITECTURES) >= {*PLAIN, "gated", "abstopk", "matching_pursuit"}
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if list_architectures()[name].sae.selects_over_batch])
+def test_the_learned_threshold_and_what_it_changes(name: str) -> None:
+    sae = make_sae(name, normalize_activations="expected_average_only_in")
+    batches = [inputs(sae, 200, seed=seed) * 3 for seed in range(3)]
+    sae.norm_in.estimate(batches[0])
+    sae.schedule_settled()  # forgets the threshold that tests start with
+    values = {"k": 8.0, "threshold_window_tokens": 1e6}
+    for batch in batches:
+        sae.observe(sae.training_encoding(sae.training_space(batch), values), values)
+    new, report = with_learned_threshold(sae, batches)
+    assert new.cfg.architecture == "jumprelu"
+    assert report.l0_before == pytest.approx(8, abs=1e-9), "k per row is what training selects"
+    after = sum(float((new.encode(batch) != 0).sum()) for batch in batches) / 600
+    assert report.l0_after == pytest.approx(after)
+    assert abs(after - 8) < 0.8
+    torch.testing.assert_close(new.to_inference()(batches[0]), sae(batches[0]), rtol=1e-4, atol=1e-4)
+
+
+def test_where_no_threshold_was_learned() -> None:
+    with pytest.raises(ConfigError, match="this topk SAE has learned no threshold"):
+        with_learned_threshold(make_sae("topk"), [])

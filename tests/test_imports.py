@@ -100,7 +100,7 @@ ARROWS: dict[str, set[str]] = {
     "sae_config": {"annealing", "geometry", "metadata", "normalization", "registry"},
     "weights": {"folding", "ops", "sae_config"},
     "sae": {"hooks", "weights"},
-    "conversions": {"registry", "sae_config"},
+    "conversions": {"ops", "registry", "sae_config"},
     "crosscoders": {"sae"},
     "architectures": {"annealing", "conversions", "ops", "sae"},
     "io": {"sae", "registry"},

@@ -19,8 +19,8 @@ from sae_kit.errors import ConfigError, DataError, ShapeError
 from sae_kit.geometry import SMALLEST_NORM
 from sae_kit.ops import widen
 from sae_kit.sae import SAE
-from sae_kit.weights import LATENTS_PER_BLOCK
 from sae_kit.seeding import generator
+from sae_kit.weights import LATENTS_PER_BLOCK
 
 SAMPLE_ROWS, MEDIAN_ROWS, TRIAL_ROWS = 100_000, 32_768, 4_096
 """Rows of the sample that serve at most: for all, for the geometric median, for each norm that is tried."""
