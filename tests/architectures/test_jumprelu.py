@@ -55,6 +55,33 @@ def test_estimates_equal_derivatives_of_smoothed_expectations() -> None:
         assert theta.grad.item() == pytest.approx(slope, rel=0.01)
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("at", [0.0, 0.1, 0.7])
+def test_estimates_are_slopes_of_the_smoothed_step(mirrored: bool, at: float) -> None:
+    """With noise u uniform within ±ε/2, E 1[h + u > θ] = clip((h − θ)/ε + ½, 0, 1), by differences at every h.
+
+    The jump is θ times that, its height θ taken as a constant, beside the slope 1 above it.
+    """
+    width, step = 0.4, 1e-4
+    h = torch.linspace(-0.5, 1.5, 402, dtype=torch.float64)
+    theta = torch.full_like(h, at)  # as many latents as points
+
+    def smooth(h: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+        return ((h - theta) / width + 0.5).clamp(0, 1)
+
+    away = ((h - theta).abs() - width / 2).abs() > 2 * step  # from the kinks
+    to_theta = (smooth(h, theta + step) - smooth(h, theta - step)) / (2 * step)
+    to_h = mirrored * (smooth(h + step, theta) - smooth(h - step, theta)) / (2 * step)
+    on = ((h > at) & (h > 0)).double()
+    for function, height, slope in ((_Step, 1.0, 0.0), (_Jump, at, on)):
+        h_, theta_ = h[None].clone().requires_grad_(), theta.clone().requires_grad_()
+        function.apply(h_, theta_, width, mirrored).sum().backward()
+        assert theta_.grad is not None
+        found = torch.zeros_like(h) if h_.grad is None else h_.grad[0]
+        torch.testing.assert_close(theta_.grad[away], height * to_theta[away], rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(found[away], (slope + height * to_h)[away], rtol=1e-5, atol=1e-9)
+
+
 def test_codes_are_zero_or_above_the_threshold() -> None:
     sae = make_sae("jumprelu")
     acts, threshold = sae.encode(rows(200)), sae.get_parameter("threshold")
