@@ -56,13 +56,13 @@ SHARED_FIELDS = (
     "d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations", "reshape_activations",
     "metadata",
 )  # fmt: skip
-DEFAULTS_WHEN_ABSENT = {"k": 100, "rescale_acts_by_decoder_norm": False}
+DEFAULTS_WHEN_ABSENT = {"normalize_activations": "none", "k": 100, "rescale_acts_by_decoder_norm": False}
 """What a file that leaves a field out means, where that differs from our own default."""
 SAELENS_TRAINING_KEYS = frozenset({
     "decoder_init_norm", "l1_coefficient", "lp_norm", "l1_warm_up_steps", "l0_coefficient", "l0_warm_up_steps",
     "pre_act_loss_coefficient", "target_l0", "jumprelu_init_threshold", "jumprelu_bandwidth",
-    "jumprelu_sparsity_loss_mode", "jumprelu_tanh_scale", "use_sparse_activations", "aux_loss_coefficient",
-    "topk_threshold_lr", "matryoshka_widths", "use_matryoshka_aux_loss",
+    "jumprelu_sparsity_loss_mode", "jumprelu_tanh_scale", "jumprelu_ste_to_input", "use_sparse_activations",
+    "aux_loss_coefficient", "topk_threshold_lr", "matryoshka_widths", "use_matryoshka_aux_loss",
 })  # fmt: skip
 
 

@@ -1,12 +1,28 @@
 """Folders: what is written is read back to the bit, and what is wrong is said."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import D_IN, D_SAE, every, has_form, make_config, make_sae, rows
+from helpers import (
+    ARCHITECTURES,
+    D_IN,
+    D_OUT,
+    D_SAE,
+    FORMS,
+    SITES,
+    every,
+    every_form,
+    forms_in,
+    has_form,
+    kind_of,
+    make_config,
+    make_sae,
+    rows,
+)
 from safetensors.torch import load_file, save_file
 
 from sae_kit import SAE, SAEMetadata, list_architectures
@@ -19,7 +35,7 @@ from sae_kit.errors import (
     UnknownConfigKeyError,
     UnknownScaleWarning,
 )
-from sae_kit.io import load
+from sae_kit.io import file_name, load, load_config
 
 TENSORS = {
     "standard": {"W_enc", "b_enc", "W_dec", "b_dec"},
@@ -28,6 +44,41 @@ TENSORS = {
     "gated": {"W_enc", "b_gate", "b_mag", "r_mag", "W_dec", "b_dec"},
 }
 """What SAELens calls the tensors of its architectures."""
+NAMES = {
+    "sae": "{}",
+    "skip": "{}_skip",
+    "transcoder": "{}_transcoder",
+    "skip_transcoder": "{}_skip_transcoder",
+    "crosscoder": "{}_crosscoder",
+    "clt": "{}_clt",
+}
+"""What `cfg.json` calls an architecture in each kind of geometry; transcoders leave "standard" out."""
+SHAPES = {
+    "sae": {"W_enc": (D_IN, D_SAE), "W_dec": (D_SAE, D_IN), "b_dec": (D_IN,)},
+    "transcoder": {"W_enc": (D_IN, D_SAE), "W_dec": (D_SAE, D_OUT), "b_dec": (D_OUT,)},
+    "crosscoder": {"W_enc": (SITES, D_IN, D_SAE), "W_dec": (D_SAE, SITES, D_IN), "b_dec": (SITES, D_IN)},
+    "clt": {
+        "W_enc": (SITES, D_IN, D_SAE),
+        "W_dec.0": (D_SAE, 3, D_OUT), "W_dec.1": (D_SAE, 2, D_OUT), "W_dec.2": (D_SAE, 1, D_OUT),
+        "b_dec": (SITES, D_OUT),
+    },
+    "clt_skip": {
+        "W_enc": (SITES, D_IN, D_SAE),
+        "W_dec.0": (D_SAE, 3, D_IN), "W_dec.1": (D_SAE, 2, D_IN), "W_dec.2": (D_SAE, 1, D_IN),
+        "b_dec": (SITES, D_IN), "W_skip": (SITES, D_IN, D_IN),
+    },
+}  # fmt: skip
+SHAPES["skip"] = SHAPES["sae"] | {"W_skip": (D_IN, D_IN)}
+SHAPES["skip_transcoder"] = SHAPES["transcoder"] | {"W_skip": (D_OUT, D_IN)}
+SHAPES["crosscoder_joint"] = SHAPES["crosscoder"]
+"""Tensors that are not of the latents alone, whose shape is `latent_shape`, nor of attention."""
+TRANSCODERS_OF_SAELENS = {"transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"}
+FIELDS_OF_GEOMETRY = {"in_shape", "out_shape", "skip", "cross_layer", "crosscoder_norm"}
+
+
+def expected_name(architecture: str, geometry: str) -> str:
+    name = NAMES[kind_of(geometry)].format(architecture)
+    return name.removeprefix("standard_") if "transcoder" in geometry else name
 
 
 def saved(tmp_path: Path, name: str = "topk", **fields: Any) -> Path:
@@ -59,6 +110,131 @@ def test_an_inference_folder_is_what_the_field_reads(tmp_path: Path, name: str) 
     assert weights["W_dec"].shape == (D_SAE, D_IN)
     sparsity = load_file(folder / "sparsity.safetensors")["sparsity"]
     torch.testing.assert_close(sparsity, torch.full((D_SAE,), -2.0), rtol=0, atol=1e-6)
+
+
+@every_form
+def test_every_geometry_on_disk(tmp_path: Path, name: str, geometry: str) -> None:
+    sae = make_sae(name, geometry, dtype="bfloat16")
+    for form, one in (("training", sae), ("inference", sae.to_inference())):
+        folder = one.save_model(tmp_path / form)
+        cfg = json.loads((folder / "cfg.json").read_text())
+        architecture = "jumprelu" if sae.selects_over_batch and form == "inference" else name
+        assert cfg["architecture"] == expected_name(architecture, geometry)
+        # Names that SAELens knows hold its fields, the others ours.
+        theirs = cfg["architecture"] in TRANSCODERS_OF_SAELENS
+        assert cfg.get("d_out") == (D_OUT if theirs else None)
+        assert FIELDS_OF_GEOMETRY & set(cfg) == (set() if theirs or geometry == "sae" else FIELDS_OF_GEOMETRY)
+        assert (cfg["d_in"], cfg["d_sae"], cfg["apply_b_dec_to_input"]) == (D_IN, D_SAE, geometry in ("sae", "skip"))
+
+        weights = load_file(folder / "sae_weights.safetensors")
+        own_encoder = "W_enc" in dict(one.named_parameters())
+        assert SHAPES[geometry].keys() - weights.keys() == (set() if own_encoder else {"W_enc"})
+        latents = (SITES, D_SAE) if kind_of(geometry) == "clt" else (D_SAE,)
+        for key, tensor in weights.items():
+            if not key.startswith(("attn_layers.", "threshold_")):
+                assert tensor.shape == SHAPES[geometry].get(key, latents), key
+            exact = key.startswith("threshold")
+            assert tensor.dtype == (torch.float32 if exact else torch.bfloat16), key
+        assert not any(key.startswith("norm_") for key in weights)
+
+
+def forms_with_names() -> list[tuple[str, str, bool, bool]]:
+    """All that a name tells: architecture, kind of geometry, whether a transcoder is centred, groupmax."""
+    return [
+        (name, kind, centred, groups)
+        for name, found in list_architectures().items()
+        for kind in sorted(found.sae.geometries)
+        for centred in ((False, True) if "transcoder" in kind else (False,))
+        for groups in ((False, True) if hasattr(found.config, "selection") else (False,))
+    ]
+
+
+def test_no_two_forms_share_a_name() -> None:
+    """So a reader can tell them apart, and none is taken for a plain architecture, present or still to come."""
+    counted = Counter(file_name(*form) for form in forms_with_names())
+    assert [name for name, count in counted.items() if count > 1] == []
+    assert {file_name(*form) for form in forms_with_names() if form[1:] != ("sae", False, False)}.isdisjoint(
+        ARCHITECTURES
+    )
+
+
+@pytest.mark.parametrize("form", forms_with_names(), ids=lambda form: file_name(*form))
+def test_a_name_tells_the_form(tmp_path: Path, form: tuple[str, str, bool, bool]) -> None:
+    name, kind, centred, groups = form
+    fields: dict[str, Any] = {"selection": "groupmax"} if groups else {}
+    if centred:
+        fields |= {"out_shape": (D_IN,), "apply_b_dec_to_input": True}
+    sae = make_sae(name, kind, **fields)
+    folder = sae.save_model(tmp_path / "sae")
+    assert json.loads((folder / "cfg.json").read_text())["architecture"] == file_name(*form)
+    cfg = load_config(folder)
+    found = (cfg.architecture, cfg.geometry().kind, getattr(cfg, "selection", None) == "groupmax")
+    assert found == (name, kind, groups)
+    if "transcoder" in kind:
+        assert cfg.subtracts_b_dec == centred
+
+
+@pytest.mark.parametrize(
+    ("name", "geometry", "other"),
+    [
+        (name, geometry, other)
+        for name, geometry in FORMS
+        for other in NAMES
+        if kind_of(geometry) != other and has_form(name, other)
+    ],
+)
+def test_a_name_that_contradicts_the_rest_is_refused(tmp_path: Path, name: str, geometry: str, other: str) -> None:
+    folder = make_sae(name, geometry, apply_b_dec_to_input=False).save_model(tmp_path / "sae")
+    edit(folder, architecture=expected_name(name, other))
+    with pytest.raises((CorruptFileError, ConfigError)):
+        SAE.load_from_disk(folder)
+
+
+def test_what_a_name_and_the_fields_say_is_told(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "topk", geometry="crosscoder")
+    edit(folder, architecture="topk_clt")
+    message = r"cfg.json: architecture 'topk_clt' contradicts its fields, which are those of 'topk_crosscoder'"
+    with pytest.raises(CorruptFileError, match=message):
+        SAE.load_from_disk(folder)
+
+
+@pytest.mark.parametrize("d_out", [D_OUT, None])
+def test_a_transcoder_of_saelens(tmp_path: Path, d_out: int | None) -> None:
+    """Which has no stamp of ours; without d_out it is as wide as its input, not 768 as the class there has it."""
+    folder = make_sae("jumprelu", "skip_transcoder", out_shape=(d_out or D_IN,)).save_model(tmp_path / "sae")
+    cfg = json.loads((folder / "cfg.json").read_text())
+    del cfg["metadata"]["sae_kit"], cfg["d_out"]
+    (folder / "cfg.json").write_text(json.dumps(cfg if d_out is None else {**cfg, "d_out": d_out}))
+    geometry = SAE.load_from_disk(folder).geometry
+    assert (geometry.kind, geometry.in_shape, geometry.out_shape) == ("skip_transcoder", (D_IN,), (d_out or D_IN,))
+
+
+def test_fields_that_a_file_leaves_out_mean_what_they_mean_to_saelens(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "temporal", activation_normalization_factor=2.5)
+    cfg = json.loads((folder / "cfg.json").read_text())
+    assert cfg.pop("normalize_activations") == "constant_scalar_rescale"
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    assert SAE.load_from_disk(folder).norm_in.mode == "none"
+    folder = saved(tmp_path)
+    cfg = json.loads((folder / "cfg.json").read_text())
+    del cfg["k"], cfg["rescale_acts_by_decoder_norm"]
+    (folder / "cfg.json").write_text(json.dumps({**cfg, "d_sae": 200}))
+    found = load_config(folder)
+    assert (found.k, found.rescale_acts_by_decoder_norm) == (100, False)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@forms_in("clt")
+def test_sparsity_of_layers(tmp_path: Path, name: str, geometry: str) -> None:
+    """All latents of all layers, layer by layer."""
+    sae = make_sae(name, geometry)
+    sae.firing_count += torch.arange(SITES * D_SAE)
+    sae.tokens_seen += 1000
+    folder = sae.save_model(tmp_path / "sae")
+    sparsity = load_file(folder / "sparsity.safetensors")["sparsity"]
+    assert sparsity.shape == (SITES * D_SAE,)
+    expected = torch.log10(torch.arange(SITES * D_SAE).reshape(SITES, D_SAE) / 1000 + 1e-10)
+    torch.testing.assert_close(sparsity.reshape(sae.latent_shape), expected)
+    assert torch.equal(SAE.load_from_disk(folder).firing_count, sae.firing_count)
 
 
 def test_before_the_first_estimate_a_batch_rule_is_saved_as_topk(tmp_path: Path) -> None:

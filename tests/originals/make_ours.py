@@ -1,90 +1,88 @@
-"""Write folders with our own `save_model`, and what we compute from them, for check_saelens_reads_ours.py.
+"""Write folders of every form with `save_model`, and what we compute from them, for check_saelens_reads_ours.py.
 
-Usage: python make_ours.py OUT (the interpreter of sae_kit). OUT/inference/NAME/ must open in SAELens with the outputs
-in OUT/inference/NAME.safetensors; OUT/training/NAME/ holds an unfolded scale and must be refused there.
+Usage: PYTHONPATH=tests python tests/originals/make_ours.py OUT (the interpreter of sae_kit). A form is an architecture
+in a geometry, with a normalisation, or with something else that changes what is computed. OUT/NAME/training/ holds it
+as in the middle of a run, OUT/NAME/inference/ what `to_inference` makes of it; beside each lie inputs and outputs.
 """
 
-import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from helpers import D_IN, FORMS, GEOMETRIES, NORMALIZATIONS, estimated, has_form, inputs, make_sae, refused
 from safetensors.torch import save_file
 
-from sae_kit import SAE, SAEMetadata
-from sae_kit.registry import list_architectures
+from sae_kit import SAE, SAEMetadata, list_architectures
 
-D_IN, D_SAE, HEADS, ROWS = 16, 64, 4, 32
-SCALED = {"normalize_activations": "expected_average_only_in"}
-CASES: dict[str, dict[str, Any]] = {
-    "standard": {},
-    "standard_float64": {"dtype": "float64"},
-    "standard_hook_z": {"apply_b_dec_to_input": False, "reshape_activations": "hook_z"},
-    "gated": {},
-    "gated_uncentred": {"apply_b_dec_to_input": False},
-    "jumprelu": {},
-    "jumprelu_uncentred": {"apply_b_dec_to_input": False},
-    "topk": {"k": 5},
-    "topk_unranked": {"k": 5, "rescale_acts_by_decoder_norm": False, "apply_b_dec_to_input": False},
+HEADS = 4
+VARIANTS: dict[str, dict[str, Any]] = {
+    "other_centring": {},
+    "float64": {"dtype": "float64"},
+    "hook_z": {"reshape_activations": "hook_z"},
+    "groupmax": {"selection": "groupmax"},
+    "unranked": {"rescale_acts_by_decoder_norm": False},
+    "as_wide": {"out_shape": (D_IN,)},
+    "as_wide_centred": {"out_shape": (D_IN,), "apply_b_dec_to_input": True},
+    "unit": {"decoder_norm_constraint": "unit"},
+    "short": {"residual_threshold": 2.0, "max_iterations": 4, "stop_on_duplicate_support": False},
+    "untied": {"tied_weights": False, "n_attn_layers": 2, "sae_diff_type": "relu"},
+    "sparse": {"kval_topk": 5},
+    "scaled": {"normalize_activations": "constant_scalar_rescale", "activation_normalization_factor": 2.5},
 }
+"""What may change the output, beside geometry and normalisation."""
+
+
+def forms() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """Names, architectures, geometries and fields of all forms."""
+    for name, geometry in FORMS:
+        given = {key: value for key, value in NORMALIZATIONS.items() if has_form(name, geometry, key)}
+        usual = given.get("average", given["none"])
+        for key, fields in given.items():
+            yield f"{name}-{geometry}-{key}", name, geometry, fields
+        for key, extra in VARIANTS.items():
+            if key == "other_centring":
+                extra = {"apply_b_dec_to_input": not make_sae(name, geometry).cfg.apply_b_dec_to_input}
+            if key.startswith("as_wide") and "out_shape" not in GEOMETRIES[geometry]:
+                continue
+            fields = usual | extra
+            if fields.keys() <= set(dir(list_architectures()[name].config)) | {"d_in"} and not refused(
+                name, {**GEOMETRIES[geometry], **fields}
+            ):
+                yield f"{name}-{geometry}-{key}", name, geometry, fields
 
 
 @torch.no_grad()
-def build(name: str, fields: dict[str, Any], rows: torch.Tensor, rng: torch.Generator) -> SAE:
-    """An SAE in the middle of training: random parameters, unequal decoder norms, a scale, counted latents."""
-    hook = "blocks.1.attn.hook_z" if name.endswith("hook_z") else "blocks.1.hook_resid_post"
-    metadata = SAEMetadata(model_name="a-model", hook_name=hook, context_size=128, prepend_bos=True)
-    config = list_architectures()[name.split("_")[0]].config
-    sae = config(d_in=D_IN, d_sae=D_SAE, metadata=metadata, **SCALED, **fields).build()
-    for key, parameter in sae.named_parameters():
-        values = torch.randn(parameter.shape, generator=rng) * (0.3 if parameter.ndim == 2 else 0.2)
-        if key == "W_dec":
-            values *= 0.5 + torch.rand(D_SAE, 1, generator=rng)
-        parameter.copy_(values.abs() if key == "threshold" else values)
-    sae.norm_in.estimate(rows.to(sae.dtype))
-    sae.firing_count += (sae.encode(rows) != 0).sum(dim=0)
-    sae.tokens_seen += len(rows)
-    return sae
+def write(sae: SAE, folder: Path, u: torch.Tensor, trained: torch.Tensor) -> None:
+    """The folder, and beside it what it computes; `decoded` is of the latents alone, without skip and prediction."""
+    sae.save_model(folder)
+    acts = sae.encode(u)
+    latents_alone = sae.row_context(u)._replace(extra=None)
+    recorded = {
+        "inputs": u,
+        "acts": acts,
+        "decoded": sae.decode(acts, latents_alone),
+        "output": sae(u),
+        "trained": trained,
+    }
+    save_file({key: tensor.contiguous() for key, tensor in recorded.items()}, folder.with_suffix(".safetensors"))
 
 
 @torch.no_grad()
 def main(out: Path) -> None:
-    rng = torch.Generator().manual_seed(0)
-    rows = 10 * torch.randn(ROWS, D_IN, generator=rng) + 3
-    for name, fields in CASES.items():
-        sae = build(name, fields, rows, rng)
-        inputs = rows.to(sae.dtype).reshape(2, ROWS // 2, D_IN)
-        if name.endswith("hook_z"):
-            inputs = inputs.unflatten(-1, (HEADS, D_IN // HEADS))
-        sae.save_model(out / "training" / name)
-        (final := sae.to_inference()).save_model(out / "inference" / name)
-        acts, output = final.encode(inputs), final(inputs)
-        recorded = {
-            "inputs": inputs,
-            "acts": acts,
-            "decoded": final.decode(acts),
-            "output": output,
-            "trained": sae(inputs),
-        }
-        save_file(
-            {key: tensor.contiguous() for key, tensor in recorded.items()}, out / "inference" / f"{name}.safetensors"
-        )
-
-    # An SAE that never had a scale is saved for use as it is, decoder norms included.
-    plain = build("topk", {"k": 5}, rows, rng).to_inference()
-    plain.W_dec.mul_(0.5 + torch.rand(D_SAE, 1, generator=rng))
-    plain.cfg = dataclasses.replace(plain.cfg, rescale_acts_by_decoder_norm=True)
-    plain.save_model(out / "inference" / "topk_ranked")
-    acts = plain.encode(rows)
-    recorded = {
-        "inputs": rows,
-        "acts": acts,
-        "decoded": plain.decode(acts),
-        "output": plain(rows),
-        "trained": plain(rows),
-    }
-    save_file(recorded, out / "inference" / "topk_ranked.safetensors")
+    for number, (name, architecture, geometry, fields) in enumerate(forms()):
+        heads = fields.get("reshape_activations") == "hook_z"
+        hook = "blocks.1.attn.hook_z" if heads else "blocks.1.hook_resid_post"
+        metadata = SAEMetadata(model_name="a-model", hook_name=hook, context_size=128, prepend_bos=True)
+        sae = estimated(make_sae(architecture, geometry, seed=number, metadata=metadata, **fields), scale=3.0)
+        u = 3 * inputs(sae, 2, 16, seed=number)
+        if heads and sae.geometry.same_site:  # transcoders of SAELens read flat rows whatever they say
+            u = u.unflatten(-1, (HEADS, -1))
+        sae.firing_count += 1
+        sae.tokens_seen += 10
+        write(sae, out / name / "training", u, sae(u))
+        write(sae.to_inference(), out / name / "inference", u, sae(u))
 
 
 if __name__ == "__main__":
