@@ -27,7 +27,7 @@ demo: $(STAMP)
 	$(BIN)/sae-kit demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from helpers import DemoRun  # importing it lists the architectures, so not before those of the command line
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a dead host costs 23 seconds of retries
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two pools of threads on one core wait
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,6 +35,13 @@ def pytest_configure(config: pytest.Config) -> None:
             import_architectures(source)
         except ConfigError as error:
             raise pytest.UsageError(str(error)) from error
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the demo's run go to one worker, so that it runs once."""
+    for item in items:
+        if "demo_run" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("demo"))
 
 
 @pytest.fixture(scope="session")
