@@ -24,6 +24,7 @@ SHORT_FLAGS = {
     "model": "language model: hub id, folder, or demo",
     "dataset": "text: hub id, file, folder, or demo",
     "hook": "site that is read, e.g. blocks.8.hook_resid_pre",
+    "hook_out": "site that is written, if it is another one: the SAE is then a transcoder",
     "arch": "architecture of the SAE",
     "tokens": "activation rows to train on",
 }

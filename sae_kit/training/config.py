@@ -167,7 +167,8 @@ class RunConfig:
     def from_dict(cls, data: object, where: str = "") -> "RunConfig":
         """Build from plain data, in which the short names of one-SAE runs may stand for paths.
 
-        `model` is model.name, `dataset` data.sources, `hook` saes.sae.hook, `sae` saes.sae.sae, `tokens` train.tokens.
+        `model` is model.name, `dataset` data.sources, `hook` and `hook_out` those of saes.sae, `sae` saes.sae.sae,
+        `tokens` train.tokens.
 
         Raises:
             ConfigError: a short name beside the field that it stands for.
@@ -181,6 +182,7 @@ SHORT_NAMES: Mapping[str, tuple[str, ...]] = {
     "model": ("model", "name"),
     "dataset": ("data", "sources"),
     "hook": ("saes", "sae", "hook"),
+    "hook_out": ("saes", "sae", "hook_out"),
     "sae": ("saes", "sae", "sae"),
     "tokens": ("train", "tokens"),
 }

@@ -56,9 +56,10 @@ def train(
     *,
     model: str | nn.Module,
     dataset: str | Mapping[str, Any] | Iterable[str],
-    hook: str,
+    hook: str | Sequence[str],
     sae: SAEConfig | Mapping[str, Any],
     tokens: int,
+    hook_out: str | Sequence[str] | None = None,
     tokenizer: Any = None,
     callbacks: Sequence[Callback] = (),
     **fields: Any,
@@ -66,14 +67,17 @@ def train(
     """Train one SAE on one site of a model, evaluate it on held-out text and save it.
 
     `model` is a hub id, a folder, "demo", or a model with its `tokenizer`; `dataset` is a hub id, a file, a folder,
-    "demo", or any iterable of texts. Every other field of the config tree goes by its section: `optim={"lr": 1e-4}`,
-    `train={"batch_tokens": 2048}`.
+    "demo", or any iterable of texts. With `hook_out` the SAE is a transcoder, which writes that site; with several
+    hooks a crosscoder, or a cross-layer transcoder if `sae.cross_layer` says so. Every other field of the config tree
+    goes by its section: `optim={"lr": 1e-4}`, `train={"batch_tokens": 2048}`.
 
     Raises:
         ConfigError: an unknown or impossible field. HookNotFoundError: `hook` is not in the model.
         OutputExistsError: the run folder is taken.
     """
     tree: dict[str, Any] = {**fields, "hook": hook, "sae": sae, "tokens": tokens}
+    if hook_out is not None:
+        tree["hook_out"] = hook_out
     documents = None
     if isinstance(model, str):
         tree["model"] = model

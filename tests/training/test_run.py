@@ -257,3 +257,20 @@ def test_a_name_may_hold_spaces_and_any_letters() -> None:
 def test_a_run_needs_an_sae(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no SAE to train"):
         run(RunConfig.from_dict({"model": "demo", "dataset": "demo", "tokens": 9000, "out": str(tmp_path)}))
+
+
+def test_a_transcoder_in_one_call(tmp_path: Path) -> None:
+    result = sae_kit.train(
+        model="demo",
+        dataset="demo",
+        hook="blocks.1.mlp.hook_in",
+        hook_out="blocks.1.hook_mlp_out",
+        sae={"architecture": "topk", "d_sae": 64, "k": 4, "skip": True},
+        tokens=1024,
+        train={"batch_tokens": 256},
+        eval={"at_end": False},
+        out=str(tmp_path),
+    )
+    transcoder = SAE.load_from_disk(result.folder / "saes" / "sae")
+    assert transcoder.geometry.kind == "skip_transcoder"
+    assert transcoder.cfg.metadata.sites == (("blocks.1.mlp.hook_in",), ("blocks.1.hook_mlp_out",))
