@@ -146,4 +146,5 @@ def _rebuilt(sae: SAE, architecture: str, **fields: Any) -> SAE:
         if name not in tensors
     }
     new.load_state_dict({name: tensors.get(name, empty.get(name)) for name in new.state_dict()}, assign=True)
-    return new
+    new.use_error_term = sae.use_error_term
+    return new.train(sae.training)

@@ -14,8 +14,11 @@ PLAIN = ("batchtopk", "jumprelu", "matryoshka_batchtopk", "standard", "topk")
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_jumprelu_of_the_same_weights(name: str) -> None:
-    sae = make_sae(name)
+    sae = make_sae(name).eval()
+    sae.use_error_term = True
     new = to_jumprelu(sae, 0.3)
+    assert new.use_error_term
+    assert not new.training
     u = inputs(sae, 20)
     pre = sae.preactivations(u)
     torch.testing.assert_close(new.encode(u), torch.relu(pre) * (pre > 0.3))
