@@ -35,6 +35,8 @@ def test_python_blocks_run(demo_run: DemoRun, monkeypatch: pytest.MonkeyPatch) -
 def test_commands_say_what_they_seem_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     runs = [RunConfig.from_dict(parse_train(words)) for words in commands("README.md") if "--help" not in words]
-    assert len(runs) == 2
-    assert runs[0].train.tokens == 100_000_000
-    assert runs[1].optim.lr == 1e-3
+    sae, transcoder, file = runs
+    assert sae.train.tokens == 100_000_000
+    assert transcoder.saes["sae"].hook_out == "blocks.8.hook_mlp_out"
+    assert transcoder.saes["sae"].sae.skip
+    assert file.optim.lr == 1e-3

@@ -104,6 +104,7 @@ class StepValues:
         """p of the penalty now"""
         self.factor = 1.0
         """product of mean(P_p) / mean(P_p') over the changes of p so far"""
+        self._last_k: float | None = None
         self._measured: deque[Tensor] = deque(maxlen=self._annealing.window if self._annealing is not None else 0)
 
     def at(self, tokens: int) -> dict[str, float]:
@@ -116,7 +117,11 @@ class StepValues:
 
     def k_settles(self, tokens: int, rows: int) -> bool:
         """Whether k comes to its end with this step, of `rows` after `tokens`."""
-        before, now, end = (self._cfg.values(t, self._total).get("k") for t in (tokens - rows, tokens, self._total))
+        now, end = (self._cfg.values(t, self._total).get("k") for t in (tokens, self._total))
+        before = self._last_k  # batches may differ in length; only a run that goes on has to infer the one before
+        if before is None:
+            before = self._cfg.values(tokens - rows, self._total).get("k")
+        self._last_k = now
         return tokens > 0 and now == end != before
 
     @torch.no_grad()

@@ -2,9 +2,10 @@
 
 import pytest
 
-from sae_kit.annealing import linear_warm_up
+from sae_kit import TopKSAEConfig
+from sae_kit.annealing import KAnnealing, linear_warm_up
 from sae_kit.errors import ConfigError
-from sae_kit.training.schedules import ScheduleConfig
+from sae_kit.training.schedules import ScheduleConfig, StepValues
 
 TOTAL, BATCH = 1000, 10
 
@@ -77,3 +78,14 @@ def test_ratios_are_shares() -> None:
 def test_warm_up_of_length_zero_is_over() -> None:
     assert linear_warm_up(0, 0) == 1
     assert [linear_warm_up(t, 100) for t in (0, 25, 100, 1000)] == [0, 0.25, 1, 1]
+
+
+def test_k_settles_once_whatever_the_length_of_the_batches() -> None:
+    cfg = TopKSAEConfig(d_in=4, d_sae=64, k=2, k_annealing=KAnnealing(start=8, tokens=100))
+    values, tokens, settled = StepValues(cfg, 1000), 0, []
+    for rows in (90, 3, 40, 5, 100, 7):
+        if values.k_settles(tokens, rows):
+            settled.append(tokens)
+        tokens += rows
+    assert settled == [133]
+    assert StepValues(cfg, 1000).k_settles(133, 40), "a run that goes on there"
