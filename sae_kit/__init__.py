@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sae_kit._version import __version__
 
 if TYPE_CHECKING:
+    from sae_kit.annealing import KAnnealing, PAnnealing
     from sae_kit.architectures.abstopk import AbsTopKSAE, AbsTopKSAEConfig
     from sae_kit.architectures.batchtopk import BatchTopKSAE, BatchTopKSAEConfig
     from sae_kit.architectures.gated import GatedSAE, GatedSAEConfig
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from sae_kit.training.trainer import SAETrainer
 
 _HOMES = {
+    "sae_kit.annealing": ("KAnnealing", "PAnnealing"),
     "sae_kit.architectures.abstopk": ("AbsTopKSAE", "AbsTopKSAEConfig"),
     "sae_kit.architectures.batchtopk": ("BatchTopKSAE", "BatchTopKSAEConfig"),
     "sae_kit.architectures.gated": ("GatedSAE", "GatedSAEConfig"),
@@ -65,10 +67,12 @@ __all__ = [
     "HookedSAETransformer",
     "JumpReLUSAE",
     "JumpReLUSAEConfig",
+    "KAnnealing",
     "MatchingPursuitSAE",
     "MatchingPursuitSAEConfig",
     "MatryoshkaBatchTopKSAE",
     "MatryoshkaBatchTopKSAEConfig",
+    "PAnnealing",
     "RunConfig",
     "SAEConfig",
     "SAEMetadata",

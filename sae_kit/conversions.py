@@ -125,7 +125,9 @@ def _l0(sae: SAE, batches: list[Tensor], rows: int) -> float:
 def _rebuilt(sae: SAE, architecture: str, **fields: Any) -> SAE:
     """An SAE of another architecture with the same config otherwise, and the same tensors where names agree."""
     target = get_architecture(architecture)
-    shared = {f.name: getattr(sae.cfg, f.name) for f in dataclasses.fields(SAEConfig)}
+    # What only shaped training stays in the metadata: the new architecture has defaults of its own.
+    lasting = (f.name for f in dataclasses.fields(SAEConfig) if not f.metadata.get("training_only"))
+    shared = {name: getattr(sae.cfg, name) for name in lasting}
     metadata = sae.cfg.for_inference().metadata
     details = dict(metadata.training_architecture_details or {})
     own = {"k": getattr(sae.cfg, "k", None), "rescale_acts_by_decoder_norm": sae.rescales}
@@ -146,5 +148,5 @@ def _rebuilt(sae: SAE, architecture: str, **fields: Any) -> SAE:
         if name not in tensors
     }
     new.load_state_dict({name: tensors.get(name, empty.get(name)) for name in new.state_dict()}, assign=True)
-    new.use_error_term = sae.use_error_term
+    new.use_error_term, new.seed = sae.use_error_term, sae.seed
     return new.train(sae.training)

@@ -109,11 +109,14 @@ class Normalization(nn.Module):
             norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp(min=SMALLEST_ROW)
             scale = norm / math.sqrt(self.shape[-1])
             return Normalized((wide / scale).to(u.dtype), scale, None)
+        if self.mode == "constant_scalar_rescale":
+            return Normalized(u * self.factor, None, None)
+        wide = self._wide(u)  # statistics are rounded with the result, not before it
         if self.mode == "covariance_whitening":
-            return Normalized(_times(u - self.mean.to(u.dtype), self.matrix.to(u.dtype)), None, None)
+            return Normalized(_times(wide - self.mean, self.matrix).to(u.dtype), None, None)
         if self.mode == "center_and_scale":
-            u = u - self.mean.to(u.dtype)
-        return Normalized(u * self._scale(u), None, None)
+            wide = wide - self.mean
+        return Normalized((wide * self.scale[..., None]).to(u.dtype), None, None)
 
     def undo(
         self, x: Float[Tensor, "..."], scale: Tensor | None = None, shift: Tensor | None = None
@@ -133,16 +136,17 @@ class Normalization(nn.Module):
                 )
             out = x * scale.to(x.dtype)
             return out if shift is None else out + shift.to(x.dtype)
-        if self.mode == "covariance_whitening":
-            return _times(x, self.inverse.to(x.dtype)) + self.mean.to(x.dtype)
-        out = x / self._scale(x)
-        return out + self.mean.to(x.dtype) if self.mode == "center_and_scale" else out
-
-    def _scale(self, like: Tensor) -> Tensor | float:
         if self.mode == "constant_scalar_rescale":
-            return self.factor
-        # A tensor without axes leaves the dtype of its partner alone; one with axes would not.
-        return self.scale if self.scale.ndim == 0 else self.scale.to(like.dtype)[..., None]
+            return x / self.factor
+        wide = self._wide(x)
+        if self.mode == "covariance_whitening":
+            return (_times(wide, self.inverse) + self.mean).to(x.dtype)
+        out = wide / self.scale[..., None]
+        return (out + self.mean if self.mode == "center_and_scale" else out).to(x.dtype)
+
+    def _wide(self, rows: Tensor) -> Tensor:
+        statistic = self.matrix if self.mode == "covariance_whitening" else self.scale
+        return rows.to(torch.promote_types(rows.dtype, statistic.dtype))
 
     @property
     def needs_estimate(self) -> bool:

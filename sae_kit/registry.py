@@ -38,7 +38,14 @@ def register(name: str, config: type[SAEConfig]) -> Callable[[S], S]:
 
     def decorate(sae: S) -> S:
         if name in _REGISTRY:
-            raise ValueError(f"architecture {name!r} is already registered by {_REGISTRY[name].sae.__name__}")
+            raise ConfigError(
+                f"architecture {name!r} is already registered by {_REGISTRY[name].sae.__name__}: choose another name, "
+                "or start the interpreter anew to define it again"
+            )
+        if "architecture" in vars(config):
+            raise ConfigError(
+                f"{config.__name__} is the config of {config.architecture!r}: give {sae.__name__} a subclass of its own"
+            )
         config.architecture = name
         sae.config_class = config
         _REGISTRY[name] = Architecture(name, sae, config)

@@ -87,6 +87,8 @@ class RowSelectionConfig(SelectionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_k(self.k)
+        if self.k != int(self.k):
+            raise ConfigError(f"k must be a whole number of latents for each row, found {self.k}")
         if self.selection == "groupmax" and self.d_sae % self.k:
             raise ConfigError(f"groupmax needs d_sae to be a multiple of k, found {self.d_sae} and {self.k}")
         if self.selection == "groupmax" and self.k_annealing is not None:

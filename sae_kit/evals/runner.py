@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sae_kit.data.capture import BoundSite, capture, device_of, max_context, without_cache
-from sae_kit.errors import ConfigError, DataError, did_you_mean
+from sae_kit.errors import ConfigError, DataError, SiteDidNotFireError, did_you_mean
 from sae_kit.evals.family import FAMILIES, EvalStep, Family, Metrics
 from sae_kit.evals.fidelity import FidelityStep, Positions
 from sae_kit.evals.moments import Moments
@@ -100,10 +100,18 @@ class _Subject:
         seen: dict[str, Tensor] = {}
         reading = self.reads[0].on_read(lambda value: seen.update(x=value))
         try:
-            with replaced(model, self.site, lambda _: self._output(seen.pop("x")), where):
+            with replaced(model, self.site, lambda _: self._written(seen), where):
                 yield
         finally:
             reading.remove()
+
+    def _written(self, seen: dict[str, Tensor]) -> Tensor:
+        if "x" not in seen:
+            raise SiteDidNotFireError(
+                f"{self.reads[0].spelling!r}, which this transcoder reads, did not come before {self.site.spelling!r}, "
+                "which it writes"
+            )
+        return self._output(seen.pop("x"))
 
     def _output(self, value: Tensor) -> Tensor:
         return self.sae(value.to(self.sae.device), use_error_term=False)

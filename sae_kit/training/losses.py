@@ -54,8 +54,10 @@ def training_losses(sae: SAE, run: Pass, values: Mapping[str, float], dead: Dead
     unit = None
     if cfg.reconstruction_loss == "fvu":
         unit = total_variance(run.y)
+        unit = torch.where(unit > 0, unit, 1.0)  # rows that are all alike have none
         objective = objective / unit
-    terms = {"mse_loss": squared_error(run.y_hat, run.y) if parts else objective, **parts}
+    terms = {"mse_loss": squared_error(run.y_hat, run.y), **parts}
+    terms = terms if unit is None else {name: term / unit for name, term in terms.items()}
     own = sae.sparsity_losses(run.encoding, run.y, values)
     if cfg.aux_coefficient and len(dead.candidates):
         aux_k = cfg.aux_k or max(sae.d_out // 2, 1)

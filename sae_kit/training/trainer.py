@@ -160,6 +160,8 @@ class SAETrainer:
             if rows.shape[1:] != shape or len(rows) != len(x):
                 wanted = ", ".join(map(str, ("batch" if rows is x else len(x), *shape)))
                 raise ShapeError(f"SAE {name!r} expects {what} of shape [{wanted}], found {list(rows.shape)}")
+        if not len(x):
+            raise DataError(f"SAE {name!r} was given an empty batch: expected at least one row")
         moved = x.to(sae.device, non_blocking=True)
         return Batch(moved, moved if y is x else y.to(sae.device, non_blocking=True))
 
@@ -215,6 +217,11 @@ class SAEInTraining:
         if not sae.trainable:
             raise ConfigError(
                 f"SAE {name!r}: {sae.cfg.architecture} SAEs are loaded and used; there is no way to train one"
+            )
+        if sae.cfg.dtype == "float16":
+            raise ConfigError(
+                f"SAE {name!r}: float16 is for use, its range is too small for the optimizer; train in bfloat16 or "
+                "float32"
             )
         total = cfg.train.tokens
         entry = cfg.saes.get(name)

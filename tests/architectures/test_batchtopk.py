@@ -256,3 +256,15 @@ def test_calibration_counts_k_in_every_layer() -> None:
 def test_impossible_configs(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_config("batchtopk", **fields)
+
+
+def test_what_shaped_training_stays_in_the_metadata_of_the_result() -> None:
+    sae = make_sae("batchtopk", threshold_window_tokens=77)
+    sae.set_threshold(0.1)  # pyright: ignore[reportCallIssue]
+    metadata = sae.to_inference().cfg.metadata
+    assert metadata.training_architecture == "batchtopk"
+    details = metadata.training_architecture_details
+    assert details is not None
+    assert details["k"] == 8
+    assert details["threshold_window_tokens"] == 77
+    assert details["aux_coefficient"] == 1 / 32
