@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sae_kit import ops
 from sae_kit.ops import Codes, SparseCodes
 
 CrosscoderNorm = Literal["sum", "joint"]
@@ -115,16 +116,15 @@ class Geometry:
         """Codes [rows, n_latents] · W_dec, of shape [rows, *out_shape]."""
         if not self.cross_layer:
             flat = self.decoder(W_dec, 0)
-            rows = codes.decode(flat) if isinstance(codes, SparseCodes) else codes @ flat
-            return rows.reshape(-1, *self.out_shape)
+            return ops.decode(codes, flat).reshape(-1, *self.out_shape)
         width, total = self.out_shape[-1], None
         for layer in range(self.layers):
             flat = self.decoder(W_dec, layer)
             if isinstance(codes, SparseCodes):
-                part = codes.between(layer * self.d_sae, (layer + 1) * self.d_sae).decode(flat)
+                own: Codes = codes.between(layer * self.d_sae, (layer + 1) * self.d_sae)
             else:
-                part = self.latents(codes, layer) @ flat
-            part = nn.functional.pad(part, (layer * width, 0))
+                own = self.latents(codes, layer)
+            part = nn.functional.pad(ops.decode(own, flat), (layer * width, 0))
             total = part if total is None else total + part
         assert total is not None
         return total.reshape(-1, *self.out_shape)

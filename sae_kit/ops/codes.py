@@ -16,7 +16,7 @@ class SparseCodes:
 
     With `row_offsets=None` every row has the same number of entries and `values` is [rows, k]. Otherwise `values` is
     [entries], and row r owns the entries from `row_offsets[r]` to `row_offsets[r + 1]`. An entry of value 0 is allowed
-    and is inactive; a latent occurs at most once in a row.
+    and is inactive; a latent is active at most once in a row.
     """
 
     values: Float[Tensor, "*entries"]
@@ -43,9 +43,9 @@ class SparseCodes:
         """Dense codes of shape [*leading, d_sae], or [*leading, *latent_shape]; differentiable in the values."""
         rows = self.values.new_zeros(self.n_rows, self.d_sae)
         if self.row_offsets is None:
-            dense = rows.scatter(1, self.indices, self.values)
+            dense = rows.scatter_add(1, self.indices, self.values)
         else:
-            dense = rows.index_put((self._row_of_entry(), self.indices), self.values)
+            dense = rows.index_put((self._row_of_entry(), self.indices), self.values, accumulate=True)
         return dense.reshape(*self.leading, *(self.latent_shape or (self.d_sae,)))
 
     def decode(self, W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "... d_out"]:
@@ -61,13 +61,13 @@ class SparseCodes:
         return flat.reshape(*self.leading, W_dec.shape[1])
 
     def between(self, first: int, last: int) -> "SparseCodes":
-        """The codes of latents `first` to `last - 1` alone, numbered from 0."""
-        inside = ((self.indices >= first) & (self.indices < last)).reshape(-1)
-        counts = torch.bincount(self._row_of_entry()[inside], minlength=self.n_rows)
-        offsets = torch.zeros(self.n_rows + 1, dtype=torch.int64, device=inside.device)
-        torch.cumsum(counts, 0, out=offsets[1:])
-        values, indices = self.values.reshape(-1)[inside], self.indices.reshape(-1)[inside] - first
-        return SparseCodes(values, indices, last - first, self.leading, offsets)
+        """The codes of latents `first` to `last - 1` alone, numbered from 0; the entries of all others have value 0.
+
+        As many entries as before: to leave any out the host would have to know how many.
+        """
+        inside = (self.indices >= first) & (self.indices < last)
+        values, indices = torch.where(inside, self.values, 0.0), torch.where(inside, self.indices - first, 0)
+        return dataclasses.replace(self, values=values, indices=indices, d_sae=last - first)
 
     def scale(self, factor: Float[Tensor, " d_sae"]) -> "SparseCodes":
         """Every value times the factor of its latent."""
@@ -100,9 +100,8 @@ class SparseCodes:
         return dataclasses.replace(self, values=values)
 
     def _row_of_entry(self) -> Int[Tensor, " entries"]:
+        assert self.row_offsets is not None
         rows = torch.arange(self.n_rows, device=self.indices.device)
-        if self.row_offsets is None:
-            return rows.repeat_interleave(self.indices.shape[1])
         return rows.repeat_interleave(self.row_offsets.diff(), output_size=len(self.indices))
 
 

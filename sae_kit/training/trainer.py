@@ -1,8 +1,8 @@
 """The training loop: one pass over batches, any number of SAEs.
 
 A step, for each SAE: rates and coefficients from the tokens seen → losses → backward → decoder projection → clip →
-Adam → constraints → metrics. It waits for the device only where metrics are logged, and where AuxK renews its list of
-dead latents.
+Adam → constraints → metrics. It waits for the device only where metrics are logged, where AuxK renews its list of dead
+latents (and sorts it, if they belong to several layers or levels), and in architectures that choose in rounds.
 """
 
 import dataclasses

@@ -142,7 +142,11 @@ def test_coefficients_warm_up_from_zero() -> None:
     assert found == [0.0, 0.5, 1.0, 1.5, 2.0, 2.0]
 
 
-@every_trainable
+ONE_PASS = [name for name in TRAINABLE if make_sae(name).encoding(torch.zeros(1, D_IN)).pre is not None]
+"""Without pursuits, which ask after every latent who is done."""
+
+
+@pytest.mark.parametrize("name", ONE_PASS)
 def test_a_step_that_logs_nothing_does_not_wait_for_the_device(name: str) -> None:
     sae = make_config(name).build()
     part = SAEInTraining(run_config(10**6), "sae", sae)
@@ -153,7 +157,12 @@ def test_a_step_that_logs_nothing_does_not_wait_for_the_device(name: str) -> Non
         found: ClassVar[list[str]] = []
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "is_nonzero", "item"):
+            name = func.overloadpacket.__name__
+            masked = name.startswith("index") and any(
+                isinstance(index, Tensor) and index.dtype == torch.bool
+                for index in (args[1] if isinstance(args[1], list | tuple) else ())
+            )
+            if masked or name in ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "bincount", "masked_select"):
                 self.found.append(str(func))
             return func(*args, **(kwargs or {}))
 
