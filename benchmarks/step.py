@@ -1,70 +1,114 @@
 """What one training step costs, in encoder products.
 
-    python benchmarks/step.py [--sizes 768x12288] [--batch 2048] [--repeats 9] [--json]
+    python benchmarks/step.py [--architectures topk jumprelu] [--sizes 768x12288] [--batch 2048] [--json]
+    python benchmarks/step.py --peer-python VENV/bin/python     # beside SAELens, in an environment that has it
 
-The encoder's forward product x·W_enc is the part that no architecture avoids, so it is the unit: it is timed in turn
-with the steps, in the same process, and ratios of medians are printed. A step is everything: forward, losses, backward,
-clipping, optimizer, constraints, statistics.
+The encoder's forward product (addmm of all rows) is the part that no architecture avoids, so it is the unit: it is
+timed in turn with the steps, in the same process, and ratios of medians are printed. A step is everything: forward,
+losses, backward, clipping, optimizer, constraints, statistics. `cases.py` says in which state SAEs are.
+
+`limit` is what the product, and copies as fast as the measured one, leave possible for codes of this L0 (see
+`timing.least_seconds`), in products too. `peer` is a step of SAELens' own trainer on such rows at the same settings, in
+a process of its own, which waits while we compute and computes while we wait.
 """
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from cases import Case, names, normal_rows
+from peer import Peer
+from timing import (
+    DTYPES,
+    SIZES,
+    clock,
+    copy_bandwidth,
+    least_seconds,
+    medians,
+    parse_size,
+    parser,
+    product,
+    set_precision,
+    start,
+)
 
-from sae_kit import list_architectures
-from sae_kit.data.batch import Batch
-from sae_kit.training.config import RunConfig
-from sae_kit.training.trainer import SAEInTraining
+LARGE = "2304x65536"  # on CUDA, beside the other sizes
+WITHOUT_LIMIT = ("matching_pursuit",)  # it has no encoder product, but one product for each latent it chooses
 
 
-class Cost(NamedTuple):
-    """Median time of one call, alone and in encoder products."""
-
-    name: str
-    seconds: float
-    products: float
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["256x4096", "512x8192"], help="d_in x d_sae")
-    parser.add_argument("--batch", type=int, default=2048)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--json", action="store_true", help="one line of JSON per size and architecture")
-    args = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    cuda = torch.cuda.is_available()
+    options = parser(__doc__)
+    options.add_argument("--architectures", nargs="+", default=names(), choices=names(), metavar="NAME")
+    options.add_argument("--sizes", nargs="+", default=[*SIZES, *([LARGE] if cuda else [])], help="d_in x d_sae")
+    options.add_argument("--batch", nargs="+", type=int, default=[2048, 4096])
+    options.add_argument("--k", type=int, help="default: 32, and 64 from 65,536 latents on")
+    options.add_argument(
+        "--dtype", nargs="+", default=["tf32", "bfloat16"] if cuda else ["float32"], choices=list(DTYPES)
+    )
+    options.add_argument("--peer-python", help="interpreter that has SAELens: its step is timed in turn with ours")
+    args = options.parse_args(arguments)
+    device = start(args)
+    bandwidth = copy_bandwidth(device)
+    peer = Peer(args.peer_python, args.threads) if args.peer_python else None
+    if not args.json:
+        print(f"copy: {bandwidth / 1e9:.1f} GB/s" + (f"; peer: {peer.about}" if peer else ""))
     for size in args.sizes:
-        d_in, d_sae = (int(part) for part in size.split("x"))
-        for cost in measure(d_in, d_sae, args.batch, args.repeats):
-            if args.json:
-                print(json.dumps({"size": size, "batch": args.batch, **cost._asdict()}))
-            else:
-                print(f"{size:>12}  {cost.name:<20} {cost.seconds * 1e3:8.1f} ms  {cost.products:5.1f} products")
+        for batch in args.batch:
+            for precision in args.dtype:
+                measure(args, size, batch, precision, device, bandwidth, peer)
+    if peer is not None:
+        peer.close()
 
 
-def measure(d_in: int, d_sae: int, batch: int, repeats: int) -> list[Cost]:
-    """Medians over interleaved repeats; the first is the unit itself."""
-    x = torch.randn(batch, d_in)
-    weights = torch.randn(d_in, d_sae)
-    work: dict[str, Callable[[], object]] = {"product": lambda: x @ weights}
-    trainable = {name: found for name, found in list_architectures().items() if found.sae.trainable}
-    for name, architecture in trainable.items():
-        cfg = RunConfig.from_dict({"tokens": 10**9, "train": {"batch_tokens": batch}})
-        part = SAEInTraining(cfg, name, architecture.config(d_in=d_in, d_sae=d_sae).build())
-        work[name] = lambda part=part: part.step(Batch(x, x), 0, 1.0)
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for repeat in range(repeats + 1):
-        for name, run in work.items():
-            start = time.perf_counter()
-            run()
-            if repeat:  # the first one warms up
-                times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    return [Cost(name, seconds, seconds / medians["product"]) for name, seconds in medians.items()]
+def measure(
+    args: argparse.Namespace,
+    size: str,
+    batch: int,
+    precision: str,
+    device: torch.device,
+    bandwidth: float,
+    peer: Peer | None,
+) -> None:
+    """One table."""
+    d_in, d_sae = parse_size(size)
+    k = args.k or (64 if d_sae >= 65536 else 32)
+    x = normal_rows(batch, d_in, torch.empty(0, dtype=set_precision(precision), device=device))
+    if not args.json:
+        print(f"\n{d_in} -> {d_sae:,}, batch {batch:,}, k {k}, {precision}\n")
+        print("| case | L0 | product, ms | step, ms | products | limit | peer, ms | its L0 | peer / ours |")
+        print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
+    for name in args.architectures:
+        case = Case(name, d_sae, x, k)
+        clocks = {"product": clock(product(d_in, d_sae, x), device), "step": clock(case.step, device)}
+        if peer is not None and peer.build(name, d_sae, x, k, precision):
+            clocks["peer"] = peer.step
+        times = medians(clocks, args.repeats)
+        found: dict[str, Any] = {"size": size, "batch": batch, "k": k, "dtype": precision, "case": name}
+        found |= {"l0": case.l0(), **dict.fromkeys(("peer", "peer_l0")), **times}
+        if peer is not None and "peer" in times:
+            found["peer_l0"] = peer.l0()
+        found["products"] = times["step"] / times["product"]
+        least = least_seconds(times["product"], bandwidth, batch, d_in, d_sae, found["l0"], x.element_size())
+        found["limit"] = None if name in WITHOUT_LIMIT else least / times["product"]
+        print(json.dumps(found) if args.json else table_row(found), flush=True)
+
+
+def table_row(found: dict[str, Any]) -> str:
+    numbers = [
+        f"{found['l0']:.1f}",
+        f"{found['product'] * 1e3:.2f}",
+        f"{found['step'] * 1e3:.2f}",
+        f"{found['products']:.2f}",
+        "" if found["limit"] is None else f"{found['limit']:.2f}",
+    ]
+    if (peer := found["peer"]) is None:
+        numbers += ["", "", ""]
+    else:
+        numbers += [f"{peer * 1e3:.2f}", f"{found['peer_l0']:.1f}", f"{peer / found['step']:.1f}"]
+    return " | ".join(("| " + found["case"], *numbers)) + " |"
 
 
 if __name__ == "__main__":

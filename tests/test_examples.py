@@ -1,14 +1,13 @@
-"""Examples and benchmarks run."""
+"""Examples run, and the benchmark on known features; the others are in test_benchmarks.py."""
 
 import json
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
 from test_docs import ROOT
 
-from sae_kit import SAE, list_architectures
+from sae_kit import SAE
 from sae_kit.cli import main
 
 
@@ -16,14 +15,6 @@ def test_training_on_tensors_recovers_the_directions(capsys: pytest.CaptureFixtu
     main = runpy.run_path(str(ROOT / "examples" / "train_on_tensors.py"))["main"]
     assert main() > 0.9
     assert "explained variance" in capsys.readouterr().out
-
-
-def test_the_step_benchmark_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["step.py", "--sizes", "16x64", "--batch", "32", "--repeats", "1", "--json"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    runpy.run_path(str(ROOT / "benchmarks" / "step.py"), run_name="__main__")
-    trainable = [name for name, found in list_architectures().items() if found.sae.trainable]
-    assert capsys.readouterr().out.count('"products"') == 1 + len(trainable)
 
 
 def test_a_crosscoder_tells_shared_features_from_those_of_one_model() -> None:

@@ -1,0 +1,85 @@
+"""What one training step holds in memory beyond the SAE and its optimizer, in units of batch × d_sae numbers.
+
+    python benchmarks/memory.py [--architectures topk] [--sizes 768x12288] [--batch 2048] [--json]
+
+The largest sum of bytes at any moment of a step, minus (parameters + state of the optimizer + one set of gradients +
+the rows themselves), divided by batch × d_sae × 4. Gradients are released at the end of each step, so one set of them
+is part of what a step allocates. `chunked` is the same with `train.max_pre_bytes` at a sixteenth of that unit.
+
+On the CPU the bytes are those that torch's allocator hands out and takes back (the profiler records every call); on
+CUDA they are `torch.cuda.max_memory_allocated`.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from cases import CHUNKABLE, Case, names, normal_rows
+from timing import SIZES, parse_size, parser, start
+from torch.profiler import ProfilerActivity, profile
+
+CHUNK = 16
+"""parts of batch × d_sae numbers of which a chunked step makes one at a time"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser(__doc__, repeats=1)
+    options.add_argument("--architectures", nargs="+", default=names(), choices=names(), metavar="NAME")
+    options.add_argument("--sizes", nargs="+", default=list(SIZES), help="d_in x d_sae")
+    options.add_argument("--batch", nargs="+", type=int, default=[2048, 4096])
+    options.add_argument("--k", type=int, default=32)
+    args = options.parse_args(arguments)
+    device = start(args)
+    for size in args.sizes:
+        for batch in args.batch:
+            d_in, d_sae = parse_size(size)
+            unit = batch * d_sae * 4
+            if not args.json:
+                print(f"\n{d_in} -> {d_sae:,}, batch {batch:,}, k {args.k}; unit {unit / 2**20:.0f} MiB\n")
+                print("| case | L0 | whole, MiB | units | chunked, units |\n|---|--:|--:|--:|--:|")
+            x = normal_rows(batch, d_in, torch.empty(0, device=device))
+            for name in args.architectures:
+                whole, l0 = beyond(Case(name, d_sae, x, args.k))
+                found: dict[str, Any] = {"size": size, "batch": batch, "case": name, "l0": l0, "bytes": whole}
+                found["units"] = whole / unit
+                if CHUNKABLE:
+                    found["chunked"] = beyond(Case(name, d_sae, x, args.k, max_pre_bytes=unit // CHUNK))[0] / unit
+                print(json.dumps(found) if args.json else table_row(found), flush=True)
+
+
+def table_row(found: dict[str, Any]) -> str:
+    chunked = f"{found['chunked']:.2f}" if CHUNKABLE else ""
+    numbers = (f"{found['l0']:.1f}", f"{found['bytes'] / 2**20:.0f}", f"{found['units']:.2f}", chunked)
+    return " | ".join((f"| {found['case']}", *numbers)) + " |"
+
+
+def beyond(case: Case) -> tuple[int, float]:
+    """Bytes that a step needs for a while, beyond one set of gradients; and the mean L0."""
+    case.step()  # makes the state of the optimizer
+    case.step()
+    gradients = sum(p.numel() * p.element_size() for p in case.part.sae.parameters())
+    return peak(case) - gradients, case.l0()
+
+
+def peak(case: Case) -> int:
+    """Most bytes held at a time in a step, beyond those that were there before."""
+    if case.batch.x.is_cuda:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        case.step()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        case.step()
+    held = most = 0
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
+            most = max(most, held)
+    return most
+
+
+if __name__ == "__main__":
+    main()

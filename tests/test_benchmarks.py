@@ -1,0 +1,127 @@
+"""Benchmarks run, at sizes of seconds, and measure what they say."""
+
+import importlib
+import json
+import runpy
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_docs import ROOT
+
+from sae_kit import list_architectures
+
+FOLDER = ROOT / "benchmarks"
+TRAINABLE = {name for name, found in list_architectures().items() if found.sae.trainable}
+SMALL = ["--repeats", "1", "--threads", "1"]
+
+WORKER = """
+import json, sys
+for line in sys.stdin:
+    command = json.loads(line)
+    known = command.get("build") == "topk"
+    print(json.dumps({"about": "another library", "known": known, "seconds": 0.5, "l0": 3.0}), flush=True)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _as_a_script(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Scripts find each other by their folder, and set the number of threads."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def rows(capsys: pytest.CaptureFixture[str]) -> Callable[..., list[dict[str, Any]]]:
+    """A script's answer to arguments, in JSON."""
+
+    def run(script: str, *arguments: str) -> list[dict[str, Any]]:
+        runpy.run_path(str(FOLDER / script))["main"]([*arguments, *SMALL, "--json"])
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    return run
+
+
+def test_a_step_of_every_architecture_is_timed_in_the_state_it_names(rows: Callable[..., list[dict[str, Any]]]) -> None:
+    cases = {row["case"]: row for row in rows("step.py", "--sizes", "32x1024", "--batch", "64", "--k", "8")}
+    assert set(cases) == TRAINABLE | {"topk+auxk"}
+    for name, case in cases.items():
+        assert case["products"] == pytest.approx(case["step"] / case["product"])
+        assert (case["limit"] is None) == (name == "matching_pursuit")
+        assert case["limit"] is None or case["limit"] > 1
+        assert case["peer"] is None
+        penalised = name in ("standard", "jumprelu", "gated")
+        assert case["l0"] == pytest.approx(60 if penalised else 8, rel=0.05), name
+
+
+def test_a_case_is_refused_whose_dead_latents_fire(rows: Callable[..., list[dict[str, Any]]]) -> None:
+    with pytest.raises(RuntimeError, match="expected AuxK on 7 dead latents"):  # all are selected
+        rows("step.py", "--sizes", "16x64", "--batch", "32", "--k", "64", "--architectures", "topk+auxk")
+
+
+def test_a_peer_takes_turns(
+    rows: Callable[..., list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER, encoding="utf-8")
+    monkeypatch.setattr(importlib.import_module("peer"), "WORKER", worker)
+    sizes = ["--sizes", "16x64", "--batch", "32", "--k", "4", "--architectures", "topk", "standard"]
+    known, unknown = rows("step.py", *sizes, "--peer-python", sys.executable)
+    assert (known["peer"], known["peer_l0"]) == (0.5, 3.0)
+    assert unknown["peer"] is None
+
+
+def test_tables_have_as_many_columns_as_heads(capsys: pytest.CaptureFixture[str]) -> None:
+    for script in ("step.py", "memory.py"):
+        sizes = ["--sizes", "16x64", "--batch", "32", "--k", "4", "--architectures", "topk"]
+        runpy.run_path(str(FOLDER / script))["main"]([*sizes, *SMALL])
+        table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+        assert len(table) == 3
+        assert len({line.count("|") for line in table}) == 1
+
+
+def test_memory_is_counted_to_the_byte() -> None:
+    script = runpy.run_path(str(FOLDER / "memory.py"))
+
+    def step() -> None:
+        first = torch.zeros(1000)
+        del first
+        torch.add(torch.zeros(500), torch.zeros(500))  # three of them at a time
+
+    case = SimpleNamespace(step=step, batch=SimpleNamespace(x=torch.zeros(1)))
+    assert script["peak"](case) == 1500 * 4
+
+
+def test_memory_of_a_step_is_measured(rows: Callable[..., list[dict[str, Any]]]) -> None:
+    arguments = ["--sizes", "32x1024", "--batch", "256", "--k", "8", "--architectures", "topk", "gated"]
+    topk, gated = rows("memory.py", *arguments)
+    assert topk["units"] == pytest.approx(topk["bytes"] / (256 * 1024 * 4))
+    assert 0 < topk["units"] < gated["units"]
+
+
+def test_cost_against_width_is_drawn(rows: Callable[..., list[dict[str, Any]]], tmp_path: Path) -> None:
+    path = tmp_path / "width.svg"
+    arguments = ["--widths", "64", "128", "256", "--batch", "32", "--d-in", "16", "--k", "4"]
+    found = rows("width.py", *arguments, "--plot", str(path))
+    assert [row["d_sae"] for row in found] == [64, 128, 256]
+    assert found[2]["growth"] == pytest.approx(found[2]["step"] / found[0]["step"] / 4)
+    drawn = ET.parse(path).getroot()
+    assert len(drawn.findall("{*}circle")) == 3
+    dashed = [line for line in drawn.findall("{*}line") if line.get("stroke-dasharray")]
+    assert len(dashed) == 1
+
+
+def test_sparse_and_dense_training_follow_the_same_curve(rows: Callable[..., list[dict[str, Any]]]) -> None:
+    arguments = ["--steps", "15", "--early", "10", "--seeds", "0", "1", "--dtype", "float64"]
+    found = rows("curves.py", *arguments)
+    assert {row["architecture"] for row in found} == TRAINABLE - {"abstopk", "matching_pursuit"}
+    for row in found:
+        assert row["early"] < 1e-10, row["architecture"]
+        assert row["after"] < 1e-10 < row["seeds"], row["architecture"]
