@@ -121,14 +121,14 @@ def _file_name_of(cfg: SAEConfig) -> str:
     return file_name(cfg.architecture, cfg.geometry().kind, cfg.subtracts_b_dec, groups)
 
 
-def _parse_name(name: object) -> tuple[str, str, bool, bool]:
+def _parse_name(name: Any) -> tuple[str, str, bool, bool]:
     """Architecture, geometry, centred and groupmax of a name; the inverse of `file_name`."""
     for architecture, found in list_architectures().items():
         for kind in found.sae.geometries:
             for centred, groups in itertools.product((False, True), repeat=2):
                 if file_name(architecture, kind, centred, groups) == name:
                     return architecture, kind, centred, groups
-    return get_architecture(name).name, "sae", False, False  # type: ignore[arg-type]
+    return get_architecture(name).name, "sae", False, False
 
 
 def _is_training_form(sae: SAE) -> bool:
