@@ -16,7 +16,6 @@ from sae_kit.data.batch import Batch
 from sae_kit.registry import get_architecture
 from sae_kit.sae import SAE
 from sae_kit.seeding import generator
-from sae_kit.training.config import TrainConfig
 from sae_kit.training.trainer import SAEInTraining
 
 L0 = 60
@@ -26,7 +25,6 @@ BANDWIDTH = 0.02
 SILENT_TOKENS = 10**8
 """for how long the dead have been silent: longer than any `dead_after_tokens`"""
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float64: "float64"}
-CHUNKABLE = "max_pre_bytes" in {field.name for field in dataclasses.fields(TrainConfig)}
 
 
 def names() -> list[str]:

@@ -2,8 +2,9 @@
 
     python benchmarks/curves.py [--architectures topk] [--steps 300] [--seeds 0 1 2] [--dtype float32] [--json]
 
-Each seed trains twice on the same rows from the same weights: with sparse codes throughout, and by the dense reference
-of `tests/dense.py` (products of full matrices, gradients by autograd alone). Data and recipes are those of
+Each seed trains twice on the same rows from the same weights: with sparse codes throughout, whatever their density, and
+on dense ones (products of full matrices, gradients by autograd alone; for SAEs that always train on sparse codes see
+`tests/dense.py`). Data and recipes are those of
 `ground_truth.py`; a seed decides weights and rows, the known directions are the same for all.
 
 `first` is the largest relative difference of loss between the two in the first 50 steps of any seed, `after` the mean
@@ -92,14 +93,12 @@ def curve(name: str, seed: int, steps: int, dtype: str, *, dense: bool) -> Tenso
     """The loss of each step [steps]."""
     cfg = run_config(name)
     rows = cfg.train.batch_tokens
-    train = dataclasses.replace(cfg.train, tokens=steps * rows)
+    train = dataclasses.replace(cfg.train, tokens=steps * rows, sparse_below=0.0 if dense else 1.0)
     cfg = dataclasses.replace(cfg, train=train, log=dataclasses.replace(cfg.log, every_tokens=rows))
     fields = cfg.saes["sae"].sae.to_dict() | {"dtype": dtype}
     sae = SAEConfig.from_dict(fields).build(seed)
     if dense:
         densely(sae)
-    else:
-        sae.sparse_below = 1.0  # whatever the density
     losses = Losses()
     batches = GroundTruth.random(0).batches(rows, generator(seed, "train"))
     SAETrainer(cfg, sae, batches, callbacks=[losses]).fit()

@@ -4,7 +4,8 @@
 
 The largest sum of bytes at any moment of a step, minus (parameters + state of the optimizer + one set of gradients +
 the rows themselves), divided by batch × d_sae × 4. Gradients are released at the end of each step, so one set of them
-is part of what a step allocates. `chunked` is the same with `train.max_pre_bytes` at a sixteenth of that unit.
+is part of what a step allocates. `whole` makes all pre-activations at once, `chunked` a sixteenth of them at a time
+(`train.max_pre_bytes`), `default` as many as a run does that does not say.
 
 On the CPU the bytes are those that torch's allocator hands out and takes back (the profiler records every call); on
 CUDA they are `torch.cuda.max_memory_allocated`.
@@ -15,12 +16,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from cases import CHUNKABLE, Case, names, normal_rows
+from cases import Case, names, normal_rows
 from timing import SIZES, parse_size, parser, start
 from torch.profiler import ProfilerActivity, profile
 
-CHUNK = 16
-"""parts of batch × d_sae numbers of which a chunked step makes one at a time"""
+CHUNKS = 16
+NO_LIMIT = 2**50
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,21 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             unit = batch * d_sae * 4
             if not args.json:
                 print(f"\n{d_in} -> {d_sae:,}, batch {batch:,}, k {args.k}; unit {unit / 2**20:.0f} MiB\n")
-                print("| case | L0 | whole, MiB | units | chunked, units |\n|---|--:|--:|--:|--:|")
+                print("| case | L0 | whole | default | chunked |\n|---|--:|--:|--:|--:|")
             x = normal_rows(batch, d_in, torch.empty(0, device=device))
             for name in args.architectures:
-                whole, l0 = beyond(Case(name, d_sae, x, args.k))
-                found: dict[str, Any] = {"size": size, "batch": batch, "case": name, "l0": l0, "bytes": whole}
-                found["units"] = whole / unit
-                if CHUNKABLE:
-                    found["chunked"] = beyond(Case(name, d_sae, x, args.k, max_pre_bytes=unit // CHUNK))[0] / unit
-                print(json.dumps(found) if args.json else table_row(found), flush=True)
-
-
-def table_row(found: dict[str, Any]) -> str:
-    chunked = f"{found['chunked']:.2f}" if CHUNKABLE else ""
-    numbers = (f"{found['l0']:.1f}", f"{found['bytes'] / 2**20:.0f}", f"{found['units']:.2f}", chunked)
-    return " | ".join((f"| {found['case']}", *numbers)) + " |"
+                found: dict[str, Any] = {"size": size, "batch": batch, "case": name}
+                for way, limit in (("whole", NO_LIMIT), ("default", None), ("chunked", unit // CHUNKS)):
+                    needed, found["l0"] = beyond(Case(name, d_sae, x, args.k, max_pre_bytes=limit))
+                    found[way] = needed / unit
+                if args.json:
+                    print(json.dumps(found), flush=True)
+                else:
+                    numbers = (f"{found['l0']:.1f}", *(f"{found[way]:.2f}" for way in ("whole", "default", "chunked")))
+                    print(" | ".join((f"| {name}", *numbers)) + " |", flush=True)
 
 
 def beyond(case: Case) -> tuple[int, float]:

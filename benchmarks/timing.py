@@ -2,8 +2,10 @@
 
 import argparse
 import datetime
+import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,11 +29,15 @@ def parser(doc: str | None, repeats: int = 9) -> argparse.ArgumentParser:
 
 
 def start(args: argparse.Namespace) -> torch.device:
-    """Set the threads, say which machine this is, and return the device that is measured."""
+    """Set the threads, say which machine this is, and return the device that is measured.
+
+    What else runs there takes more from a step than from a product: a step waits for its threads a hundred times, and
+    whoever waits for a thread that has no core waits long. The load is therefore printed too.
+    """
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not args.json:
-        print(f"{machine(device)}\n", flush=True)
+    line = f"{machine(device)}, load before the start {os.getloadavg()[0]:.1f}\n"
+    print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
     return device
 
 

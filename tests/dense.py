@@ -1,6 +1,7 @@
 """A dense reference of training: codes are a tensor [rows, latents], and every gradient is autograd's own.
 
-It does what the sparse path does by the definitions alone, for SAEs of one site.
+It does what the sparse path does by the definitions alone, for SAEs of one site. Architectures with a threshold have a
+dense path of their own, which `train.sparse_below` = 0 selects; here are those that always train on sparse codes.
 """
 
 from collections.abc import Mapping
@@ -18,8 +19,8 @@ from sae_kit.sae import SAE, Encoding, squared_error
 
 
 def densely(sae: SAE) -> SAE:
-    """`sae` itself, which trains on dense codes from now on."""
-    replaced: dict[str, Any] = {"sparse_below": 0.0}  # no density is so low that codes become sparse
+    """`sae` itself, which selects latents into dense codes in training from now on."""
+    replaced: dict[str, Any] = {}
     if isinstance(sae, SelectionSAE):
         replaced["training_encoding"] = partial(selected, sae)
     if isinstance(sae, BatchSelectionSAE):
