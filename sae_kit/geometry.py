@@ -90,6 +90,20 @@ class Geometry:
         """What block `layer` writes to, of y [rows, *out_shape]."""
         return (y[:, layer:] if self.cross_layer else y).flatten(1)
 
+    def latent_by_latent(self, W_enc: Tensor) -> Tensor:
+        """The same encoder in memory where the weights of a latent are neighbours: a sparse step reads few of them."""
+        if self.cross_layer:
+            return W_enc.mT.contiguous().mT
+        return W_enc.movedim(-1, 0).contiguous().movedim(0, -1)
+
+    def encoder_rows(self, W_enc: Tensor) -> Float[Tensor, "n_latents _"]:
+        """The weights of each latent."""
+        return W_enc.mT.flatten(0, 1) if self.cross_layer else W_enc.flatten(0, -2).T
+
+    def sources(self, x: Float[Tensor, "rows ..."]) -> Float[Tensor, "_ _"]:
+        """What blocks read of x: row r, block l in line r · layers + l."""
+        return x.flatten(0, 1) if self.cross_layer else x.flatten(1)
+
     def encoder(self, W_enc: Tensor, layer: int) -> Float[Tensor, "_ d_sae"]:
         return W_enc[layer] if self.cross_layer else W_enc.flatten(0, -2)
 

@@ -34,8 +34,8 @@ class Encoding(NamedTuple):
 
     codes: Codes
     """what the decoder multiplies; with `rescale_acts_by_decoder_norm` this is c / n, not yet the user's c"""
-    pre: Float[Tensor, "... n_latents"] | None
-    """pre-activations that the sparsity loss reads; None where there are none (matching pursuit)"""
+    pre: Codes | None = None
+    """pre-activations that losses read, in the form of the codes; None where none does"""
     extra: Float[Tensor, "..."] | None = None
     """output beside the latents: the skip connection, the prediction of a temporal SAE"""
     details: Mapping[str, Float[Tensor, ""]] = {}
@@ -79,6 +79,8 @@ class SAE(SAEWeights, ABC):
     """whether there is a way to train it; the others are loaded and used"""
     selects_over_batch: ClassVar[bool] = False
     """whether training follows a rule that needs a batch, so that `to_inference` gives another architecture"""
+    has_preactivations: ClassVar[bool] = True
+    """whether there is one number for each latent that decides whether it is on, for `hook_sae_acts_pre` to see"""
     reads_sequences: ClassVar[bool] = False
     """whether the axis before the features is time, so that the code of a row depends on the rows before it"""
 

@@ -5,14 +5,14 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae_kit import config as trees
-from sae_kit import folding
+from sae_kit import folding, ops
 from sae_kit.errors import ConfigError, ShapeError
 from sae_kit.normalization import Affine, Normalization
 from sae_kit.ops import Codes, SparseCodes, widen
@@ -20,6 +20,8 @@ from sae_kit.sae_config import DTYPES, SAEConfig
 from sae_kit.seeding import generator
 
 LATENTS_PER_BLOCK = 1_024  # initial weights are drawn per block, so that they do not depend on how latents are sharded
+SLICE_BYTES = {"cpu": 2**25}  # pre-activations at a time that stay in its cache; elsewhere 1 GiB
+SPARSE_BELOW = {"cpu": 0.03}  # density from which dense products are faster; elsewhere 0.8%, bandwidth / matrix rate
 STATISTICS = tuple(f"norm_{side}.{name}" for side in ("in", "out") for name in ("scale", "mean", "matrix", "inverse"))
 
 
@@ -42,6 +44,11 @@ class SAEWeights(nn.Module):
         {"sae", "skip", "transcoder", "skip_transcoder", "crosscoder", "clt"}
     )
     """kinds of geometry that the architecture makes sense with"""
+
+    max_pre_bytes: int | None = None
+    """pre-activations held at a time where not all are wanted; None = 32 MiB on a CPU, else 1 GiB"""
+    sparse_below: float | None = None
+    """share of latents on below which training works on sparse codes; None = 3% on a CPU, else 0.8%"""
 
     W_enc: Tensor
     b_enc: Tensor
@@ -132,9 +139,8 @@ class SAEWeights(nn.Module):
 
     def reset_latents(self, latents: Int[Tensor, " latents"]) -> None:
         """Biases and thresholds of latents whose directions were drawn anew (resampling) as at the start."""
-        for name in ("b_enc", "b_gate", "b_mag", "r_mag"):
-            if name in self._parameters:
-                self.get_parameter(name).view(-1)[latents] = 0.0
+        if "b_enc" in self._parameters:
+            self.b_enc.view(-1)[latents] = 0.0
 
     # ---- facts -------------------------------------------------------------------------------------------------------
 
@@ -162,6 +168,16 @@ class SAEWeights(nn.Module):
         return bool(getattr(self.cfg, "rescale_acts_by_decoder_norm", False))
 
     @property
+    def sparse_share(self) -> float:
+        """`sparse_below` with its default."""
+        return SPARSE_BELOW.get(self.device.type, 0.008) if self.sparse_below is None else self.sparse_below
+
+    @property
+    def shows_all_pre(self) -> bool:
+        """Whether a loss looks at the pre-activations of latents that are off, so that training needs all of them."""
+        return self.cfg.pre_act_loss_coefficient is not None
+
+    @property
     def adds_b_dec(self) -> bool:
         """Whether the output has b_dec; with one matrix both ways it is on both sides or on neither."""
         return True
@@ -169,6 +185,10 @@ class SAEWeights(nn.Module):
     def decoder_norms(self) -> Float[Tensor, " n_latents"]:
         """n_i of every latent (‖W_dec[i]‖ of an SAE), at least 1e-8, in float32 or wider."""
         return self.geometry.norms(self.W_dec)
+
+    def rank_factor(self) -> Float[Tensor, " n_latents"] | None:
+        """What pre-activations are multiplied by before they are compared with each other, no gradient; None is 1."""
+        return self.decoder_norms().detach() if self.rescales else None
 
     def decoder_norm_folds(self) -> bool:
         """Whether `fold_decoder_norm` would leave the selection of latents alone."""
@@ -182,17 +202,95 @@ class SAEWeights(nn.Module):
 
         b_dec moves into the bias, so no gradient of the size of x is built for it.
         """
+        rows = x.reshape(-1, *self.geometry.in_shape)
+        flat = self.geometry.project(rows, self.W_enc, self._centred(bias))
+        return flat.reshape(*self._leading(x), self.geometry.n_latents)
+
+    def _centred(self, bias: Tensor) -> Float[Tensor, " n_latents"]:
+        """The bias without what b_dec adds to the product."""
         bias = bias.flatten()
-        if self.cfg.apply_b_dec_to_input:
-            centre = self.geometry.project(widen(self.b_dec)[None], widen(self.W_enc), torch.zeros_like(widen(bias)))
-            bias = (widen(bias) - centre[0]).to(self.dtype)
-        leading = self._leading(x)
-        flat = self.geometry.project(x.reshape(-1, *self.geometry.in_shape), self.W_enc, bias)
-        return flat.reshape(*leading, self.geometry.n_latents)
+        if not self.cfg.apply_b_dec_to_input:
+            return bias
+        centre = self.geometry.project(widen(self.b_dec)[None], widen(self.W_enc), torch.zeros_like(widen(bias)))
+        return (widen(bias) - centre[0]).to(self.dtype)
 
     def preactivations(self, x: Float[Tensor, "..."]) -> Float[Tensor, "... n_latents"]:
         """h = (x − a·b_dec) W_enc + b_enc."""
         return self.project(x, self.b_enc)
+
+    def slices(
+        self,
+        x: Float[Tensor, "rows ..."],
+        bias: Tensor,
+        factor: Float[Tensor, " n_latents"] | None = None,
+        multiple: int = 1,
+    ) -> Iterator["Slice"]:
+        """h = (x − a·b_dec) W_enc + bias, and h · factor, a slice of latents at a time, without graph.
+
+        No slice is larger than `max_pre_bytes`, and its width is a multiple of `multiple`. All lie in the same memory:
+        a slice is gone when the next one is asked for.
+        """
+        geometry, rows = self.geometry, len(x)
+        bias = self._centred(bias).detach()
+        limit = self.max_pre_bytes or SLICE_BYTES.get(x.device.type, 2**30)
+        groups = max(limit // (max(rows, 1) * multiple * x.element_size()), 1)
+        width = math.ceil(self.d_sae / multiple / math.ceil(self.d_sae / multiple / groups)) * multiple
+        memory = x.new_empty(rows * width)
+        scratch = None if factor is None else factor.new_empty(rows * width)
+        for layer in range(geometry.layers):
+            read, W_enc = geometry.read(x.detach(), layer), geometry.encoder(self.W_enc.detach(), layer)
+            for start in range(0, self.d_sae, width):
+                weights, first = W_enc[:, start : start + width], layer * self.d_sae + start
+                number = weights.shape[1]
+                own = slice(first, first + number)
+                pre = memory[: rows * number].view(rows, number)
+                torch.addmm(bias[own], read, weights, out=pre)
+                ranked = pre
+                if factor is not None and scratch is not None:
+                    ranked = torch.mul(pre, factor[own], out=scratch[: pre.numel()].view_as(pre))
+                yield Slice(pre, ranked, layer, first)
+
+    def with_gradient(self, x: Float[Tensor, "rows ..."], bias: Tensor, picked: SparseCodes) -> SparseCodes:
+        """Pre-activations of chosen entries, `picked` from slices, in the graph of x, W_enc, bias and b_dec."""
+        geometry, layout = self.geometry, picked.layout
+        source = layout.bag
+        if geometry.cross_layer:
+            source = source * geometry.layers + layout.indices // self.d_sae
+        values = ops.encode(
+            picked.values.reshape(-1),
+            geometry.sources(x),
+            geometry.encoder_rows(self.W_enc),
+            bias.flatten(),
+            self.b_dec.flatten() if self.cfg.apply_b_dec_to_input else None,
+            layout,
+            source,
+        )
+        return picked.with_values(values.reshape(picked.values.shape))
+
+    def project_above(self, x: Float[Tensor, "rows ..."], bias: Tensor, bound: Float[Tensor, " n_latents"]) -> Codes:
+        """(x − a·b_dec) W_enc + bias where it exceeds the bound: sparse if these are few, else all of it, dense.
+
+        Few is a share of `sparse_below`, and to count them the host waits for the device. What is left out must have no
+        part in the loss, nor in its gradient.
+        """
+        if self.shows_all_pre or self.sparse_share == 0:
+            return self.project(x, bias)
+        n_latents = self.geometry.n_latents
+        most, found = self.sparse_share * len(x) * n_latents, 0
+        parts: list[tuple[Tensor, Tensor]] = []
+        for part in self.slices(x, bias):
+            own = bound[part.first : part.first + part.pre.shape[1]]
+            # What is not a number passes: an SAE that has diverged must show it.
+            row, latent = (part.pre <= own).logical_not_().nonzero(as_tuple=True)
+            found += len(row)
+            if found > most:
+                return self.project(x, bias)
+            parts.append((row * n_latents + latent + part.first, part.pre[row, latent]))
+        keys, values = (torch.cat(several) for several in zip(*parts, strict=True))
+        if len(parts) > 1:
+            keys, order = keys.sort()
+            values = values[order]
+        return self.with_gradient(x, bias, SparseCodes.from_keys(keys, values, len(x), n_latents))
 
     def project_some(
         self, x: Float[Tensor, "rows ..."], latents: Int[Tensor, " latents"], layer: int = 0
@@ -281,6 +379,17 @@ class SAEWeights(nn.Module):
         for name, tensor in itertools.chain(self.named_parameters(), self.named_buffers()):
             if name in self.exact_dtype_tensors:
                 yield name, tensor
+
+
+class Slice(NamedTuple):
+    """Pre-activations of some neighbouring latents of one block."""
+
+    pre: Float[Tensor, "rows width"]
+    ranked: Float[Tensor, "rows width"]
+    """pre-activations as they are compared with each other"""
+    layer: int
+    first: int
+    """number of the first one, on the axis of all latents"""
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:

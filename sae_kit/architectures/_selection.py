@@ -5,9 +5,10 @@ the decoder divides by n again, so n decides only the ranking and its gradient i
 `encode` multiplies by n.
 """
 
+import dataclasses
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,9 +21,10 @@ from sae_kit.annealing import KAnnealing
 from sae_kit.config import Tokens
 from sae_kit.conversions import to_jumprelu, to_topk
 from sae_kit.errors import ConfigError
-from sae_kit.ops import SparseCodes
+from sae_kit.ops import Largest, SparseCodes
 from sae_kit.sae import SAE, Encoding
 from sae_kit.sae_config import SAEConfig, training_only
+from sae_kit.weights import Slice
 
 LONGEST_WINDOW = 1_000_000  # tokens over which a threshold is averaged, unless asked for
 
@@ -62,14 +64,43 @@ class SelectionSAE(SAE):
 
     def ranked(self, pre: Float[Tensor, "rows n_latents"]) -> Float[Tensor, "rows n_latents"]:
         """z, without gradient."""
-        return pre.detach() * self.decoder_norms().detach() if self.rescales else pre.detach()
+        factor = self.rank_factor()
+        return pre.detach() if factor is None else pre.detach() * factor
 
-    def _rows(
+    def all_pre(
         self, x: Float[Tensor, "..."], on_pre: Callable[[Tensor], Tensor] | None
-    ) -> tuple[Tensor, Float[Tensor, "rows n_latents"]]:
+    ) -> Float[Tensor, "..."] | None:
+        """All pre-activations, where someone asks for them; otherwise there are never more than a slice."""
+        if on_pre is None and not self.shows_all_pre:
+            return None
         pre = self.preactivations(x)
-        pre = on_pre(pre) if on_pre else pre
-        return pre, pre.reshape(-1, self.geometry.n_latents)
+        return on_pre(pre) if on_pre else pre
+
+    def parts(
+        self, x: Float[Tensor, "rows ..."], pre: Float[Tensor, "rows n_latents"] | None, multiple: int = 1
+    ) -> Iterator[Slice]:
+        """Slices of pre-activations: of those given, or else as they are computed."""
+        if pre is None:
+            yield from self.slices(x, self.b_enc, self.rank_factor(), multiple)
+            return
+        pre, z = pre.detach(), self.ranked(pre)
+        for layer in range(self.geometry.layers):
+            own, ranked = self.geometry.latents(pre, layer), self.geometry.latents(z, layer)
+            yield Slice(own, ranked, layer, layer * self.d_sae)
+
+    def codes(
+        self,
+        x: Float[Tensor, "rows ..."],
+        pre: Float[Tensor, "rows n_latents"] | None,
+        picked: SparseCodes,
+    ) -> SparseCodes:
+        """Codes of what was picked from slices, in the graph of `pre` if that was given."""
+        if pre is None:
+            found = self.with_gradient(x, self.b_enc, picked)
+        else:
+            row = picked.layout.bag
+            found = picked.with_values(pre[row, picked.layout.indices].reshape(picked.values.shape))
+        return found.with_values(self.activation(found.values))
 
 
 # ---- k of each row -------------------------------------------------------------------------------------------------
@@ -101,7 +132,7 @@ class RowSelectionSAE(SelectionSAE):
     cfg: RowSelectionConfig
 
     @abstractmethod
-    def strength(self, z: Float[Tensor, "rows n_latents"]) -> Float[Tensor, "rows n_latents"]:
+    def strength(self, z: Float[Tensor, "rows latents"]) -> Float[Tensor, "rows latents"]:
         """What latents are compared by."""
 
     def encoding(self, x: Float[Tensor, "..."], on_pre: Callable[[Tensor], Tensor] | None = None) -> Encoding:
@@ -111,12 +142,37 @@ class RowSelectionSAE(SelectionSAE):
         return self._select(x, math.ceil(values.get("k", self.cfg.k)), None)
 
     def _select(self, x: Float[Tensor, "..."], k: int, on_pre: Callable[[Tensor], Tensor] | None) -> Encoding:
-        pre, rows = self._rows(x, on_pre)
-        blocks = self.strength(self.ranked(rows)).reshape(-1, self.d_sae)
-        chosen = group_maxima(blocks, k) if self.cfg.selection == "groupmax" else blocks.topk(k, sorted=False).indices
-        indices = on_one_axis(chosen, self.geometry.layers, self.d_sae)
-        values = self.activation(rows.gather(1, indices))
-        return Encoding(SparseCodes(values, indices, rows.shape[1], tuple(pre.shape[:-1])), pre)
+        pre, rows = self.all_pre(x, on_pre), x.reshape(-1, *self.geometry.in_shape)
+        flat = None if pre is None else pre.reshape(len(rows), -1)
+        codes = self.codes(rows, flat, self._picked(rows, flat, k))
+        return Encoding(dataclasses.replace(codes, leading=self._leading(x)), pre)
+
+    @torch.no_grad()
+    def _picked(
+        self, rows: Float[Tensor, "rows ..."], pre: Float[Tensor, "rows n_latents"] | None, k: int
+    ) -> SparseCodes:
+        """Pre-activations and indices of those who are kept: the best of each slice, and of these the best."""
+        groups = self.cfg.selection == "groupmax"
+        size = self.d_sae // k if groups else 1
+        finalists: list[list[tuple[Tensor, ...]]] = [[] for _ in range(self.geometry.layers)]
+        for part in self.parts(rows, pre, size):
+            strength = self.strength(part.ranked)
+            best = group_maxima(strength, size) if groups else top(strength, min(k, strength.shape[1]))
+            finalists[part.layer].append((strength.gather(1, best), part.pre.gather(1, best), best + part.first))
+        kept: list[tuple[Tensor, Tensor]] = []
+        for several in finalists:
+            strength, h, latents = (torch.cat(each, dim=1) for each in zip(*several, strict=True))
+            if len(several) > 1 and not groups:
+                best = top(strength, k)
+                h, latents = h.gather(1, best), latents.gather(1, best)
+            kept.append((h, latents))
+        h, latents = (torch.cat(each, dim=1) for each in zip(*kept, strict=True))
+        return SparseCodes(h, latents, self.geometry.n_latents, (len(rows),))
+
+
+def top(strength: Float[Tensor, "rows latents"], k: int) -> Int[Tensor, "rows k"]:
+    """The k largest of each row."""
+    return strength.topk(k, dim=1, sorted=False).indices
 
 
 def on_one_axis(chosen: Int[Tensor, "_ k"], layers: int, d_sae: int) -> Int[Tensor, "rows _"]:
@@ -127,10 +183,10 @@ def on_one_axis(chosen: Int[Tensor, "_ k"], layers: int, d_sae: int) -> Int[Tens
     return (chosen.reshape(-1, layers, chosen.shape[1]) + first).flatten(1)
 
 
-def group_maxima(ranked: Float[Tensor, "rows latents"], k: int) -> Int[Tensor, "rows k"]:
-    """The largest of each of k groups of neighbouring latents (Eleuther's sparsify)."""
-    groups = ranked.unflatten(1, (k, -1))
-    return groups.argmax(dim=2) + torch.arange(k, device=ranked.device) * groups.shape[2]
+def group_maxima(strength: Float[Tensor, "rows latents"], size: int) -> Int[Tensor, "rows groups"]:
+    """The largest of each group of `size` neighbouring latents (Eleuther's sparsify)."""
+    groups = strength.unflatten(1, (-1, size))
+    return groups.argmax(dim=2) + torch.arange(groups.shape[1], device=strength.device) * size
 
 
 # ---- k·B of a batch of B rows ----------------------------------------------------------------------------------------
@@ -203,32 +259,40 @@ class BatchSelectionSAE(SelectionSAE):
         self.threshold_weight.fill_(1.0)
 
     def encoding(self, x: Float[Tensor, "..."], on_pre: Callable[[Tensor], Tensor] | None = None) -> Encoding:
-        pre, rows = self._rows(x, on_pre)
+        pre = self.preactivations(x)
+        pre = on_pre(pre) if on_pre else pre
+        rows = pre.reshape(-1, self.geometry.n_latents)
         z, threshold = self.ranked(rows), self.inference_threshold
         if threshold is not None:
             on = z > threshold.clamp(min=0)
         else:
-            chosen = z.reshape(-1, self.d_sae).topk(math.ceil(self.cfg.k), sorted=False).indices
-            indices = on_one_axis(chosen, self.geometry.layers, self.d_sae)
+            indices = on_one_axis(
+                top(z.reshape(-1, self.d_sae), math.ceil(self.cfg.k)), self.geometry.layers, self.d_sae
+            )
             on = torch.zeros_like(z, dtype=torch.bool).scatter_(1, indices, True)
         return Encoding((torch.relu(rows) * on).reshape(pre.shape), pre)
 
     def training_encoding(self, x: Float[Tensor, "rows ..."], values: Mapping[str, float]) -> Encoding:
-        _, pre = self._rows(x, None)
-        z = self.ranked(pre)
-        number = max(1, round(values.get("k", self.cfg.k) * len(pre) * self.geometry.layers / self._scopes))
-        width = self.geometry.n_latents // self._scopes
-        parts = []
-        for scope in range(self._scopes):
-            own = z[:, scope * width : (scope + 1) * width].reshape(-1)
-            found = own.topk(min(number, len(own)), sorted=False).indices
-            parts.append(found // width * z.shape[1] + scope * width + found % width)
-        entries = torch.cat(parts).sort().values
-        row, index = entries // z.shape[1], entries % z.shape[1]
-        offsets = torch.zeros(len(pre) + 1, dtype=torch.int64, device=pre.device)
-        offsets.index_add_(0, row + 1, torch.ones_like(row)).cumsum_(0)  # bincount would wait for the device
-        codes = SparseCodes(torch.relu(pre.reshape(-1)[entries]), index, z.shape[1], (len(pre),), offsets)
-        return Encoding(codes, pre)
+        pre = self.all_pre(x, None)
+        number = max(1, round(values.get("k", self.cfg.k) * len(x) * self.geometry.layers / self._scopes))
+        return Encoding(self.codes(x, pre, self._picked(x, pre, number)), pre)
+
+    @torch.no_grad()
+    def _picked(
+        self, x: Float[Tensor, "rows ..."], pre: Float[Tensor, "rows n_latents"] | None, number: int
+    ) -> SparseCodes:
+        """Pre-activations of the `number` largest of each scope, in the order of rows and latents.
+
+        Slice after slice goes into the largest so far, the least of which is a bound for the next.
+        """
+        n_latents = self.geometry.n_latents
+        per_scope = n_latents // self._scopes
+        kept = [Largest(number) for _ in range(self._scopes)]
+        for part in self.parts(x, pre):
+            kept[part.first // per_scope].add(part.ranked, part.pre, part.first, n_latents)
+        keys, order = torch.cat([each.keys for each in kept]).sort()
+        h = torch.cat([each.values for each in kept])[order]
+        return SparseCodes.from_keys(keys, h, len(x), n_latents)
 
     @torch.no_grad()
     def observe(self, encoding: Encoding, values: Mapping[str, float]) -> None:

@@ -8,9 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_kit import ops
 from sae_kit.annealing import PAnnealing
 from sae_kit.architectures.standard import lp_penalty
 from sae_kit.config import Tokens
+from sae_kit.ops import Codes
 from sae_kit.registry import register
 from sae_kit.sae import SAE, Encoding, squared_error
 from sae_kit.sae_config import Coefficient, SAEConfig, training_only
@@ -57,11 +59,20 @@ class GatedSAE(SAE):
         return shapes | dict.fromkeys(("b_gate", "b_mag", "r_mag"), self.latent_shape)
 
     def encoding(self, x: Float[Tensor, "..."], on_pre: Callable[[Tensor], Tensor] | None = None) -> Encoding:
-        shared = self.project(x, torch.zeros_like(self.b_gate))
-        gate = shared + self.b_gate.flatten()
-        magnitude = shared * self.r_mag.flatten().exp() + self.b_mag.flatten()
+        return self._encoding(self.project(x, torch.zeros_like(self.b_gate)), on_pre)
+
+    def training_encoding(self, x: Float[Tensor, "rows ..."], values: Mapping[str, float]) -> Encoding:
+        return self._encoding(self.project_above(x, torch.zeros_like(self.b_gate), -self.b_gate.detach().flatten()))
+
+    def _encoding(self, shared: Codes, on_pre: Callable[[Tensor], Tensor] | None = None) -> Encoding:
+        q = ops.values_of(shared)
+        b_gate, b_mag, r_mag = (
+            ops.of_latents(each.flatten(), shared) for each in (self.b_gate, self.b_mag, self.r_mag)
+        )
+        gate, magnitude = q + b_gate, q * r_mag.exp() + b_mag
         magnitude = on_pre(magnitude) if on_pre else magnitude
-        return Encoding((gate > 0) * torch.relu(magnitude), gate)
+        codes = ops.with_values(shared, (gate > 0) * torch.relu(magnitude))
+        return Encoding(codes, ops.with_values(shared, gate))
 
     def preactivations_of(
         self, x: Float[Tensor, "rows ..."], latents: Int[Tensor, " latents"], layer: int = 0
@@ -73,23 +84,30 @@ class GatedSAE(SAE):
 
     def penalty(self, encoding: Encoding, p: float) -> Float[Tensor, ""]:
         """E_b ‖relu(π) ⊙ n‖_p."""
+        return lp_penalty(ops.scale(self._gate_codes(encoding), self.decoder_norms()), p).mean()
+
+    def _gate_codes(self, encoding: Encoding) -> Codes:
+        """relu(π)"""
         assert encoding.pre is not None
-        return lp_penalty(torch.relu(encoding.pre) * self.decoder_norms(), p).mean()
+        return ops.with_values(encoding.pre, torch.relu(ops.values_of(encoding.pre)))
 
     def sparsity_losses(
         self, encoding: Encoding, y: Float[Tensor, "rows ..."], values: Mapping[str, float]
     ) -> dict[str, Float[Tensor, ""]]:
-        assert encoding.pre is not None
         W_dec, b_dec = self.W_dec, self.b_dec
         if self.cfg.detach_aux_decoder:
             W_dec, b_dec = self.geometry.detached(W_dec), b_dec.detach()
-        reconstructed = self.geometry.decode(torch.relu(encoding.pre), W_dec) + b_dec
+        reconstructed = self.geometry.decode(self._gate_codes(encoding), W_dec) + b_dec
         if encoding.extra is not None:
             reconstructed = reconstructed + encoding.extra.detach()
         return {
             "l1_loss": values["l1_coefficient"] * self.penalty(encoding, values.get("p", 1.0)),
             "auxiliary_reconstruction_loss": squared_error(reconstructed, y),
         }
+
+    def reset_latents(self, latents: Int[Tensor, " latents"]) -> None:
+        for bias in (self.b_gate, self.b_mag, self.r_mag):
+            bias.view(-1)[latents] = 0.0
 
     def scale_biases(self, factor: Float[Tensor, "..."]) -> None:
         self.b_gate.mul_(factor)

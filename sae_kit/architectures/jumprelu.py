@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_kit import ops
 from sae_kit.config import Tokens
 from sae_kit.errors import ConfigError
-from sae_kit.ops import to_dense
+from sae_kit.ops import Codes
 from sae_kit.registry import register
 from sae_kit.sae import SAE, Encoding
 from sae_kit.sae_config import Coefficient, SAEConfig, training_only
@@ -88,10 +89,20 @@ class JumpReLUSAE(SAE):
 
     def encoding(self, x: Float[Tensor, "..."], on_pre: Callable[[Tensor], Tensor] | None = None) -> Encoding:
         pre = self.preactivations(x)
-        pre = on_pre(pre) if on_pre else pre
-        cfg = self.cfg
-        codes = _Jump.apply(pre, self.threshold.flatten(), cfg.jumprelu_bandwidth, cfg.jumprelu_ste_to_input)
-        return Encoding(codes, pre)
+        return self._encoding(on_pre(pre) if on_pre else pre)
+
+    def training_encoding(self, x: Float[Tensor, "rows ..."], values: Mapping[str, float]) -> Encoding:
+        # Below the window nothing has a slope; a little more than half of it, because of rounding.
+        window = self.threshold.detach().flatten() - 0.501 * self.cfg.jumprelu_bandwidth
+        return self._encoding(self.project_above(x, self.b_enc, window))
+
+    def _encoding(self, pre: Codes) -> Encoding:
+        return Encoding(ops.with_values(pre, self._of_step(_Jump, pre)), pre)
+
+    def _of_step(self, function: type[torch.autograd.Function], pre: Codes) -> Tensor:
+        """`_Jump` or `_Step` of pre-activations in whatever form."""
+        cfg, threshold = self.cfg, ops.of_latents(self.threshold.flatten(), pre)
+        return function.apply(ops.values_of(pre), threshold, cfg.jumprelu_bandwidth, cfg.jumprelu_ste_to_input)
 
     def gate_threshold(self) -> Float[Tensor, " n_latents"]:
         return self.threshold.flatten()
@@ -101,16 +112,17 @@ class JumpReLUSAE(SAE):
     ) -> dict[str, Float[Tensor, ""]]:
         cfg = self.cfg
         if cfg.jumprelu_sparsity_loss_mode in ("step", "quadratic"):
-            threshold = self.threshold.flatten()
-            l0 = _Step.apply(encoding.pre, threshold, cfg.jumprelu_bandwidth, cfg.jumprelu_ste_to_input).sum(dim=1)
+            assert encoding.pre is not None
+            l0 = ops.row_sums(ops.with_values(encoding.pre, self._of_step(_Step, encoding.pre)))
             target = cfg.target_l0
             term = l0.mean() if target is None else 2 / target * (l0 - target).square().mean()
         else:
-            stretched = torch.tanh(cfg.jumprelu_tanh_scale * to_dense(encoding.codes) * self.decoder_norms())
+            lengths = ops.scale(encoding.codes, self.decoder_norms())
+            stretched = ops.with_values(lengths, torch.tanh(cfg.jumprelu_tanh_scale * ops.values_of(lengths)))
             if cfg.jumprelu_sparsity_loss_mode == "tanh":
-                term = stretched.sum(dim=1).mean()
+                term = ops.row_sums(stretched).mean()
             else:
-                frequency = stretched.mean(dim=0)
+                frequency = ops.latent_means(stretched)
                 term = (frequency * (1 + frequency / cfg.frequency_scale)).sum()
         return {"l0_loss": values["l0_coefficient"] * term}
 
@@ -145,7 +157,7 @@ class _Jump(torch.autograd.Function):
         h, threshold, on = ctx.saved_tensors
         near = grad * ((h - threshold).abs() < ctx.bandwidth / 2) * (threshold / ctx.bandwidth)
         to_h = grad * on + near.to(grad.dtype) if ctx.to_input else grad * on
-        return to_h, -_sum_to(near, threshold), None, None
+        return to_h, _to_threshold(-near, threshold), None, None
 
 
 class _Step(torch.autograd.Function):
@@ -162,9 +174,9 @@ class _Step(torch.autograd.Function):
         (grad,) = grads
         h, threshold = ctx.saved_tensors
         flow = grad * ((h - threshold).abs() < ctx.bandwidth / 2) / ctx.bandwidth
-        return flow.to(h.dtype) if ctx.to_input else None, -_sum_to(flow, threshold), None, None
+        return flow.to(h.dtype) if ctx.to_input else None, _to_threshold(-flow, threshold), None, None
 
 
-def _sum_to(grad: Tensor, threshold: Tensor) -> Tensor:
-    """Sum over all leading dimensions: every row moves the same threshold."""
-    return grad.reshape(-1, threshold.shape[0]).sum(dim=0).to(threshold.dtype)
+def _to_threshold(grad: Tensor, threshold: Tensor) -> Tensor:
+    """Summed over rows where all of them share a threshold."""
+    return grad.sum_to_size(threshold.shape).to(threshold.dtype)

@@ -73,6 +73,7 @@ class MatchingPursuitSAE(SAE):
     cfg: MatchingPursuitSAEConfig
     geometries = frozenset({"sae"})
     norm_fold_is_exact = False
+    has_preactivations = False
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = super().parameter_shapes()
@@ -88,12 +89,12 @@ class MatchingPursuitSAE(SAE):
         return bool(self.cfg.apply_b_dec_to_input)
 
     def encoding(self, x: Float[Tensor, "..."], on_pre: Callable[[Tensor], Tensor] | None = None) -> Encoding:
-        return Encoding(self._pursue(x)[0], None)
+        return Encoding(self._pursue(x)[0])
 
     def training_encoding(self, x: Float[Tensor, "rows ..."], values: Mapping[str, float]) -> Encoding:
         codes, left = self._pursue(x)
         if not len(left):
-            return Encoding(codes, None)
+            return Encoding(codes)
         l0, norms = codes.l0(), torch.linalg.vector_norm(left, dim=1)
         details = {
             "max_l0": l0.max(),
@@ -101,7 +102,7 @@ class MatchingPursuitSAE(SAE):
             "residual_norm": norms.mean(),
             "residual_threshold_converged_portion": (norms < self.cfg.residual_threshold).to(norms.dtype).mean(),
         }
-        return Encoding(codes, None, details={name: value.to(norms.dtype) for name, value in details.items()})
+        return Encoding(codes, details={name: value.to(norms.dtype) for name, value in details.items()})
 
     def _pursue(self, x: Float[Tensor, "... d_in"]) -> tuple[SparseCodes, Float[Tensor, "rows d_in"]]:
         """Codes, and what they leave of each row (without gradient)."""

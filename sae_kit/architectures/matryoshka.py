@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae_kit.architectures._selection import BatchSelectionConfig, BatchSelectionSAE
 from sae_kit.errors import ConfigError
-from sae_kit.ops import Codes, SparseCodes
+from sae_kit.ops import SparseCodes
 from sae_kit.registry import register
 from sae_kit.sae import AuxiliaryTask, Encoding, squared_error
 from sae_kit.sae_config import training_only
@@ -90,24 +90,21 @@ class MatryoshkaBatchTopKSAE(BatchSelectionSAE):
             weights = (1 / len(widths),) * len(widths)
         else:
             widths, weights = self.cfg.widths, self.cfg.weights
-        errors = [squared_error(prefix, y) for prefix in self._prefixes(encoding, widths, y_hat)]
+        errors = [squared_error(prefix, y) for prefix in self.prefixes(encoding, widths)]
         total = torch.stack([weight * error for weight, error in zip(weights, errors, strict=True)]).sum()
         if self.cfg.matryoshka_random_prefixes is not None:
             return total, {}
         inner = zip(widths[:-1], errors, strict=False)
         return total, {f"inner_mse_loss_{width}": error for width, error in inner}
 
-    def _prefixes(
-        self, encoding: Encoding, widths: tuple[int, ...], y_hat: Float[Tensor, "rows ..."]
-    ) -> Iterator[Float[Tensor, "rows ..."]]:
-        """ŷ_g of rising widths: each adds the part of its own latents to the one before; the last is ŷ itself."""
+    def prefixes(self, encoding: Encoding, widths: tuple[int, ...]) -> tuple[Float[Tensor, "rows ..."], ...]:
+        """ŷ_g of rising widths, the last of them d_sae: each adds what its own latents write to the one before."""
         assert isinstance(encoding.codes, SparseCodes)
-        so_far = self.b_dec if encoding.extra is None else self.b_dec + encoding.extra
-        for first, last in pairwise((0, *widths[:-1])):
-            codes: Codes = encoding.codes.between(first, last)
-            so_far = so_far + self.geometry.decode(codes, self.W_dec[first:last])
-            yield so_far
-        yield y_hat
+        parts = self.geometry.decode(encoding.codes.at_levels(widths), self.W_dec)
+        prefixes = parts.unflatten(0, (-1, len(widths))).cumsum(dim=1) + self.b_dec
+        if encoding.extra is not None:
+            prefixes = prefixes + encoding.extra[:, None]
+        return prefixes.unbind(1)
 
     def auxiliary_tasks(
         self, encoding: Encoding, y: Float[Tensor, "rows ..."], y_hat: Float[Tensor, "rows ..."], dead: Tensor
@@ -115,7 +112,7 @@ class MatryoshkaBatchTopKSAE(BatchSelectionSAE):
         if not self.cfg.use_matryoshka_aux_loss:
             yield from super().auxiliary_tasks(encoding, y, y_hat, dead)
             return
-        prefixes = self._prefixes(encoding, self.cfg.widths, y_hat)
+        prefixes = self.prefixes(encoding, self.cfg.widths)
         for (first, last), weight, prefix in zip(
             pairwise((0, *self.cfg.widths)), self.cfg.weights, prefixes, strict=True
         ):

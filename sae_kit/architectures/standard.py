@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_kit import ops
 from sae_kit.annealing import PAnnealing
 from sae_kit.config import Tokens
 from sae_kit.errors import ConfigError
-from sae_kit.ops import to_dense
+from sae_kit.ops import Codes
 from sae_kit.registry import register
 from sae_kit.sae import SAE, Encoding
 from sae_kit.sae_config import Coefficient, SAEConfig, training_only
@@ -62,9 +63,13 @@ class StandardSAE(SAE):
         pre = on_pre(pre) if on_pre else pre
         return Encoding(torch.relu(pre), pre)
 
+    def training_encoding(self, x: Float[Tensor, "rows ..."], values: Mapping[str, float]) -> Encoding:
+        pre = self.project_above(x, self.b_enc, torch.zeros_like(self.b_enc).flatten())
+        return Encoding(ops.with_values(pre, torch.relu(ops.values_of(pre))), pre)
+
     def penalty(self, encoding: Encoding, p: float) -> Float[Tensor, ""]:
         """E_b ‖c ⊙ n‖_p."""
-        return lp_penalty(to_dense(encoding.codes) * self.decoder_norms(), p).mean()
+        return lp_penalty(ops.scale(encoding.codes, self.decoder_norms()), p).mean()
 
     def sparsity_losses(
         self, encoding: Encoding, y: Float[Tensor, "rows ..."], values: Mapping[str, float]
@@ -73,12 +78,13 @@ class StandardSAE(SAE):
         return {"l1_loss": values["l1_coefficient"] * self.penalty(encoding, p)}
 
 
-def lp_penalty(lengths: Float[Tensor, "batch d_sae"], p: float) -> Float[Tensor, " batch"]:
-    """‖row‖_p of non-negative rows; for p < 1, Σ (w + ε)^p − ε^p, which is 0 at 0 and has a bounded slope."""
+def lp_penalty(lengths: Codes, p: float) -> Float[Tensor, " batch"]:
+    """‖row‖_p of non-negative codes; for p < 1, Σ (w + ε)^p − ε^p, which is 0 at 0 and has a bounded slope."""
     if p == 1:
-        return lengths.sum(dim=1)
+        return ops.row_sums(lengths)
+    values = ops.values_of(lengths)
     if p > 1:
         # A row of zeros has no gradient, but the root's slope there is infinite: keep it out of the graph.
-        total = lengths.pow(p).sum(dim=1)
+        total = ops.row_sums(ops.with_values(lengths, values.pow(p)))
         return torch.where(total > 0, total, 1.0).pow(1 / p) * (total > 0)
-    return ((lengths + LP_OFFSET).pow(p) - LP_OFFSET**p).sum(dim=1)
+    return ops.row_sums(ops.with_values(lengths, (values + LP_OFFSET).pow(p) - LP_OFFSET**p))

@@ -62,8 +62,17 @@ class TrainConfig:
     """for SAEs that set none; None = the smaller of 10M and a tenth of the run"""
     density_window_tokens: int = 1_000_000
     """window of the logged firing frequencies"""
+    max_pre_bytes: int | None = None
+    """pre-activations held at a time while codes are sparse; None = 32 MiB on a CPU, else 1 GiB"""
+    sparse_below: float | None = None
+    """share of latents on below which standard, JumpReLU and gated SAEs train on sparse codes, with equal results; \
+None = 3% on a CPU, else 0.8%"""
 
     def __post_init__(self) -> None:
+        if self.max_pre_bytes is not None and self.max_pre_bytes < 1:
+            raise ConfigError(f"max_pre_bytes must be at least 1 or None, found {self.max_pre_bytes}")
+        if self.sparse_below is not None and not 0 <= self.sparse_below <= 1:
+            raise ConfigError(f"sparse_below must lie between 0 and 1, found {self.sparse_below}")
         if self.batch_tokens < 1:
             raise ConfigError(f"batch_tokens must be at least 1, found {self.batch_tokens}")
         if self.tokens < self.batch_tokens:

@@ -23,8 +23,11 @@ class DeadLatents:
         self._next_refresh = 0
         self.candidates: Int[Tensor, " candidates"] = torch.empty(0, dtype=torch.int64, device=sae.device)
 
-    def observe(self, codes: Codes, rows: int, tokens: int) -> None:
-        """Count the firings of a batch of `rows`, `tokens` rows into the run: once per step, before `mask` is read."""
+    def observe(self, codes: Codes, rows: int, tokens: int) -> Int[Tensor, " n_latents"]:
+        """Count the firings of a batch of `rows`, `tokens` rows into the run: once per step, before `mask` is read.
+
+        Returns in how many rows each latent fired.
+        """
         sae = self._sae
         fired = firing_counts(codes)
         sae.firing_count += fired
@@ -34,6 +37,7 @@ class DeadLatents:
         if self.listed and tokens >= self._next_refresh:
             self.candidates = self.mask().nonzero().squeeze(1)
             self._next_refresh = tokens + self.refresh_every
+        return fired
 
     def mask(self) -> Bool[Tensor, " n_latents"]:
         """Which latents are dead now."""

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_kit import ops
 from sae_kit.data.batch import Batch
-from sae_kit.ops import Codes, SparseCodes, widen
+from sae_kit.ops import SparseCodes, widen
 from sae_kit.sae import SAE, AuxiliaryTask, Encoding, squared_error
 from sae_kit.training.dead import DeadLatents
 
@@ -87,8 +88,9 @@ def auxk_loss(sae: SAE, run: Pass, task: AuxiliaryTask, dead: DeadLatents, aux_k
         if sae.rescales:
             ranked = ranked * sae.geometry.block_norms(W_dec.detach())
         chosen = ranked.topk(aux_k, dim=1, sorted=False).indices
-        codes: Codes = SparseCodes(acts.gather(1, chosen), chosen, len(latents), (len(acts),))
-        explained = codes.decode(W_dec)
+        codes = SparseCodes(acts.gather(1, chosen), chosen, len(latents), (len(acts),))
+        dense = aux_k > sae.sparse_share * len(latents)
+        explained = ops.decode(codes.to_dense() if dense else codes, W_dec)
     else:
         explained = acts @ W_dec
     few = (still_dead.sum() / aux_k).clamp(max=1.0)
@@ -103,7 +105,7 @@ def pre_act_loss(sae: SAE, encoding: Encoding, dead: DeadLatents) -> Float[Tenso
 
     n is a constant: a lone gradient moves a parameter at full speed under Adam, and would shrink dead decoder rows.
     """
-    assert encoding.pre is not None
+    assert isinstance(encoding.pre, Tensor)
     pre, norms, threshold = widen(encoding.pre), sae.decoder_norms().detach(), sae.gate_threshold()
     below = -pre if threshold is None else threshold - pre
     if sae.cfg.pre_act_on == "dead":

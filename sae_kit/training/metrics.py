@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_kit import ops
 from sae_kit.evals.moments import Moments
 from sae_kit.sae import SAE
 from sae_kit.training.dead import DeadLatents
@@ -48,10 +47,11 @@ class TrainingMetrics:
         run: Pass,
         losses: Losses,
         target: Float[Tensor, "rows ..."],
+        fired: Int[Tensor, " n_latents"],
         grad_norm: Float[Tensor, ""],
         clip: float | None,
     ) -> None:
-        """Add one step; `target` holds the raw rows that were to be reproduced."""
+        """Add one step; `target` holds the raw rows to reproduce, `fired` in how many of them each latent was on."""
         rows = len(target)
         for name, term in {"overall_loss": losses.total, **losses.terms}.items():
             _add(self._terms, name, term.double() * rows)
@@ -63,7 +63,7 @@ class TrainingMetrics:
         for site, (moments, values) in enumerate(zip(self._targets, _by_site(target), strict=True)):
             moments.update(values)
             self._squared_error[site] += _by_site(error)[site].square().sum(dtype=torch.float64)
-        self._active += ops.l0(run.encoding.codes).sum()
+        self._active += fired.sum()
         self._norm += grad_norm
         if clip is not None:
             self._clipped += grad_norm > clip

@@ -14,6 +14,31 @@ FUSED_DEVICES = ("cuda", "cpu", "mps", "xpu")
 AUTO_LR, AUTO_LR_WIDTH = 2e-4, 2**14  # Gao et al. 2024: the best learning rate falls with the square root of the width
 
 
+class _InMemoryOrder:
+    """Shows an optimizer every tensor in the order in which its parameter lies in memory.
+
+    The encoder lies there latent by latent, and the fused kernels take what is not contiguous slowly, or wrongly where
+    a gradient lies in another order.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> Any:
+        found: Any = super()._init_group(group, *lists)  # pyright: ignore
+        parameters, gradients, *_ = lists
+        orders = [sorted(range(p.ndim), key=lambda axis, p=p: -p.stride(axis)) for p in parameters]
+        for tensors in lists:  # the others are moments, and scalars
+            tensors[:] = [t.permute(order) if t.ndim else t for t, order in zip(tensors, orders, strict=False)]
+        gradients[:] = [grad.contiguous() for grad in gradients]
+        return found  # pyright: ignore
+
+
+class _Adam(_InMemoryOrder, torch.optim.Adam):  # pyright: ignore
+    pass
+
+
+class _AdamW(_InMemoryOrder, torch.optim.AdamW):  # pyright: ignore
+    pass
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """Adam, with the weight decay of AdamW if asked."""
@@ -61,7 +86,7 @@ class OptimConfig:
             {"params": kinds["thresholds"], "lr": lr * threshold_factor, "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        optimizer_class = torch.optim.AdamW if self.name == "adamw" else torch.optim.Adam
+        optimizer_class = _AdamW if self.name == "adamw" else _Adam
         fused = sae.device.type in FUSED_DEVICES
         optimizer = optimizer_class(groups, lr=lr, betas=self.betas, eps=self.eps, fused=fused)
         for group in optimizer.param_groups:

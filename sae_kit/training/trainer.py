@@ -2,7 +2,8 @@
 
 A step, for each SAE: rates and coefficients from the tokens seen → losses → backward → decoder projection → clip →
 Adam → constraints → metrics. It waits for the device only where metrics are logged, where AuxK renews its list of dead
-latents (and sorts it, if they belong to several layers or levels), and in architectures that choose in rounds.
+latents (and sorts it, if they belong to several layers or levels), in architectures that choose in rounds, and where
+those with thresholds count what passes (never with `sparse_below: 0`).
 """
 
 import dataclasses
@@ -227,6 +228,9 @@ class SAEInTraining:
         entry = cfg.saes.get(name)
         optim = cfg.optim if entry is None or entry.lr is None else dataclasses.replace(cfg.optim, lr=entry.lr)
         self.sae = sae
+        if "W_enc" in sae._parameters:
+            sae.W_enc.data = sae.geometry.latent_by_latent(sae.W_enc.data)
+        sae.max_pre_bytes, sae.sparse_below = cfg.train.max_pre_bytes, cfg.train.sparse_below
         self.optimizer = optim.build(sae)
         self.clip = optim.clip_grad_norm
         listed = sae.cfg.aux_coefficient > 0 or sae.cfg.pre_act_loss_coefficient is not None
@@ -270,7 +274,7 @@ class SAEInTraining:
         if self._schedule.k_settles(tokens, rows):
             sae.schedule_settled()
         run = training_pass(sae, batch, values)
-        self.dead.observe(run.encoding.codes.detach(), rows, tokens)
+        fired = self.dead.observe(run.encoding.codes.detach(), rows, tokens)
         if self.resampler is not None:
             self.resampler.observe(run, tokens)
         losses = training_losses(sae, run, values, self.dead)
@@ -282,7 +286,7 @@ class SAEInTraining:
         self.optimizer.step()
         sae.restore_constraints()
         self.optimizer.zero_grad(set_to_none=True)
-        self.metrics.update(run, losses, batch.y, grad_norm, self.clip)
+        self.metrics.update(run, losses, batch.y, fired, grad_norm, self.clip)
         self.details = {"details/current_learning_rate": lr}
         self.details |= {
             f"details/{name}": value for name, value in values.items() if name != "threshold_window_tokens"

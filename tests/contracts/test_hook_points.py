@@ -25,8 +25,7 @@ HOOKS = ("input", "acts_pre", "acts_post", "recons", "error", "output")
 
 def hooks_of(sae: SAE) -> tuple[str, ...]:
     """The points that fire; where latents have no pre-activation, that one does not."""
-    has_pre = sae.encoding(inputs(sae, 2, 3)).pre is not None
-    return HOOKS if has_pre else tuple(key for key in HOOKS if key != "acts_pre")
+    return HOOKS if sae.has_preactivations else tuple(key for key in HOOKS if key != "acts_pre")
 
 
 def point(sae: SAE, key: str) -> Any:

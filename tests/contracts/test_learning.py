@@ -143,7 +143,7 @@ def trained(name: str, some_dead: bool, **fields: Any) -> tuple[dict[str, torch.
 @torch.no_grad()
 def silence(sae: SAE) -> None:
     """Make eight latents that are never on: far below their threshold, or never the first of several equal ones."""
-    if sae.encoding(torch.zeros(1, sae.d_in)).pre is None:
+    if not sae.has_preactivations:
         sae.W_dec[1:9] = sae.W_dec[0]
     else:
         delta = torch.zeros(sae.geometry.n_latents)

@@ -252,12 +252,12 @@ def test_centred_biases_give_mean_zero(name: str, geometry: str) -> None:
     sae = build(name, geometry)
     x = start(sae, b_dec="mean", b_enc="mean_centred").x
     pre = sae.encoding(x).pre
-    assert pre is not None
+    assert isinstance(pre, Tensor)
     torch.testing.assert_close(pre.mean(dim=0), torch.zeros(sae.geometry.n_latents), rtol=0, atol=1e-5)
     assert pre.std() > 0.01
     start(sae, b_dec="mean")
     pre = sae.encoding(x).pre
-    assert pre is not None
+    assert isinstance(pre, Tensor)
     if sae.cfg.apply_b_dec_to_input:
         return  # b_dec has centred the input
     assert pre.mean(dim=0).abs().max() > 0.1, "the default is zero, whatever was there"

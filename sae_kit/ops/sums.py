@@ -1,0 +1,139 @@
+"""The two sums that all sparse products are made of, and the two products with their gradients.
+
+Entries lie in bags. `gather_sum` adds up weighted rows of a matrix bag by bag, `gather_dot` multiplies the row of a bag
+with a row of a matrix, entry by entry. With bags = rows of a batch the first one decodes; with the same entries sorted
+by latent it is a weight gradient; the second one is the gradient of the values. Nothing of the size entries × width is
+made, and every result is summed in an order that is always the same.
+
+Two implementations: the embedding bags of torch, and Triton kernels (`triton_sums.py`) on CUDA.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sae_kit.ops.layout import Layout, grouped
+
+
+def gather_sum(
+    values: Float[Tensor, " entries"],
+    indices: Int[Tensor, " entries"],
+    offsets: Int[Tensor, " bags_plus_1"],
+    rows: Float[Tensor, "n d"],
+) -> Float[Tensor, "bags d"]:
+    """Σ over the entries e of each bag of values[e] · rows[indices[e]]; an empty bag gives 0."""
+    values = values.to(rows.dtype)
+    if rows.is_cuda:
+        from sae_kit.ops import triton_sums
+
+        return triton_sums.gather_sum(values, indices, offsets, rows)
+    return F.embedding_bag(indices, rows, offsets, mode="sum", per_sample_weights=values, include_last_offset=True)
+
+
+def gather_dot(
+    left: Float[Tensor, "bags d"],
+    indices: Int[Tensor, " entries"],
+    offsets: Int[Tensor, " bags_plus_1"],
+    rows: Float[Tensor, "n d"],
+) -> Float[Tensor, " entries"]:
+    """⟨left[bag of e], rows[indices[e]]⟩ of every entry e."""
+    left = left.to(rows.dtype)
+    if rows.is_cuda:
+        from sae_kit.ops import triton_sums
+
+        return triton_sums.gather_dot(left, indices, offsets, rows)
+    nothing = indices.new_empty(0)  # torch then finds the bag of each entry itself
+    backward = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    return backward(left, rows, indices, offsets[:-1], nothing, 0, -1)
+
+
+def by_latent(
+    values: Float[Tensor, " entries"], layout: Layout, source: Int[Tensor, " entries"], rows: Float[Tensor, "n d"]
+) -> Float[Tensor, "latents d"]:
+    """Σ over the entries e of each latent of values[e] · rows[source[e]]: the transposed product."""
+    order, offsets = layout.by_latent
+    return gather_sum(values[order], source[order], offsets, rows)
+
+
+def decode(values: Float[Tensor, " entries"], W: Float[Tensor, "latents d"], layout: Layout) -> Float[Tensor, "bags d"]:
+    """Codes · W of entries and decoder rows, with gradients to both."""
+    return _Decode.apply(values, W, layout)  # pyright: ignore
+
+
+def encode(
+    picked: Float[Tensor, " entries"],
+    x: Float[Tensor, "sources d"],
+    W: Float[Tensor, "latents d"],
+    bias: Float[Tensor, " latents"],
+    b_dec: Float[Tensor, " d"] | None,
+    layout: Layout,
+    source: Int[Tensor, " entries"],
+) -> Float[Tensor, " entries"]:
+    """Pre-activations of chosen entries, (x − b_dec) W + bias, which have been computed: here they get their gradient.
+
+    `picked` are the values, `source` says which row of x each entry reads; b_dec is None where the encoder does not
+    subtract it.
+    """
+    return _Encode.apply(picked, x, W, bias, b_dec, layout, source)  # pyright: ignore
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, W: Tensor, layout: Layout) -> Tensor:
+        ctx.save_for_backward(values, W)
+        ctx.layout = layout
+        return gather_sum(values, layout.indices, layout.offsets, W)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        values, W = ctx.saved_tensors
+        layout: Layout = ctx.layout
+        grad = grads[0].contiguous()
+        to_values = to_W = None
+        if ctx.needs_input_grad[0]:
+            to_values = gather_dot(grad, layout.indices, layout.offsets, W).to(values.dtype)
+        if ctx.needs_input_grad[1]:
+            to_W = by_latent(values, layout, layout.bag, grad).to(W.dtype)
+        return to_values, to_W, None
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        picked: Tensor,
+        x: Tensor,
+        W: Tensor,
+        bias: Tensor,
+        b_dec: Tensor | None,
+        layout: Layout,
+        source: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(x, W, bias, b_dec, source)
+        ctx.layout = layout
+        return picked.view_as(picked)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, W, bias, b_dec, source = ctx.saved_tensors
+        layout: Layout = ctx.layout
+        grad = grads[0]
+        to_x = to_W = to_b_dec = None
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        to_bias = torch.zeros(len(bias), dtype=wide, device=bias.device)
+        # Not index_add_: on CUDA the order of its sums varies.
+        to_bias.index_put_((layout.indices,), grad.to(wide), accumulate=True)
+        if ctx.needs_input_grad[1]:
+            order, offsets = grouped(source, len(x))
+            to_x = gather_sum(grad[order], layout.indices[order], offsets, W).to(x.dtype)
+        if ctx.needs_input_grad[2]:
+            to_W = by_latent(grad, layout, source, x if b_dec is None else x - b_dec).to(W.dtype)
+        if b_dec is not None and ctx.needs_input_grad[4]:
+            to_b_dec = -(to_bias.to(W.dtype) @ W).to(b_dec.dtype)
+        return None, to_x, to_W, to_bias.to(bias.dtype), to_b_dec, None, None

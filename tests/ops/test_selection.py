@@ -1,0 +1,72 @@
+"""The largest of very many numbers, exactly."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae_kit.ops import Largest, largest
+from sae_kit.ops.selection import BLOCK
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def numbers(n: int, seed: int = 0) -> Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+@pytest.mark.parametrize("n", [1, BLOCK - 1, 50 * BLOCK, 50 * BLOCK + 7])
+@pytest.mark.parametrize("wanted", [1, 20, 49, 50, 51, 2_000])
+def test_the_largest_are_found(n: int, wanted: int) -> None:
+    x = numbers(n)
+    found = largest(x, wanted)
+    assert set(found.tolist()) == set(x.topk(min(wanted, n)).indices.tolist())
+
+
+def test_they_may_all_lie_in_one_block() -> None:
+    x = numbers(100 * BLOCK)
+    x[3 * BLOCK : 4 * BLOCK] += 100
+    assert set(largest(x, BLOCK).tolist()) == set(range(3 * BLOCK, 4 * BLOCK))
+
+
+def test_of_equal_numbers_there_are_not_more_than_wanted() -> None:
+    x = torch.zeros(100 * BLOCK, device=DEVICE)
+    x[-5:] = 1
+    found = largest(x, 12)
+    assert len(found) == len(set(found.tolist())) == 12
+    assert set(range(len(x) - 5, len(x))) <= set(found.tolist())
+
+
+def test_a_bound_leaves_out_what_is_smaller() -> None:
+    x = numbers(100 * BLOCK)
+    bound = torch.tensor(2.5, device=DEVICE)
+    found = largest(x, 90, bound)
+    above = set((x >= bound).nonzero().squeeze(1).tolist())
+    assert 0 < len(above) < 90
+    assert above <= set(found.tolist())
+    if DEVICE == "cpu":
+        assert set(found.tolist()) == above
+
+
+@pytest.mark.parametrize("wanted", [3, 200])
+def test_what_is_not_a_number_is_found(wanted: int) -> None:
+    x = numbers(100 * BLOCK)
+    x[777] = math.nan
+    assert 777 in largest(x, wanted).tolist()
+    assert len(largest(torch.full_like(x, math.nan), wanted)) == wanted
+
+
+@pytest.mark.parametrize("wanted", [1, 10, 300, 10**6])
+@pytest.mark.parametrize("width", [1, 7, 128, 500])
+def test_parts_give_what_the_whole_gives(wanted: int, width: int) -> None:
+    """With the values and the keys that go with the numbers, however the whole is cut."""
+    whole = numbers(20 * 500, seed=1).reshape(20, 500)
+    values = whole * 2 + 1
+    kept = Largest(wanted)
+    for first in range(0, 500, width):
+        part = slice(first, first + width)
+        kept.add(whole[:, part], values[:, part], first, 500)
+    expected = whole.flatten().topk(min(wanted, whole.numel())).indices
+    assert set(kept.keys.tolist()) == set(expected.tolist())
+    assert torch.equal(kept.values, values.flatten()[kept.keys])
