@@ -162,18 +162,14 @@ class Normalization(nn.Module):
         """The map as matrices, in float64, for folding it into weights.
 
         Raises:
-            ConfigError: a per-row mode, which is no such map.
+            ConfigError: a mode without statistics, which is no such map or does not move into weights.
         """
-        if self.mode in PER_ROW:
-            raise ConfigError(f"{self.mode} depends on each row and cannot be folded into weights")
-        sites, width = self.shape[:-1], self.shape[-1]
+        if self.mode not in ESTIMATED:
+            raise ConfigError(f"{self.mode} has no statistics and cannot be folded into weights")
         if self.mode == "covariance_whitening":
             return Affine(self.matrix.double(), self.inverse.double(), self.mean.double())
-        if self.mode in ("none", "constant_scalar_rescale"):
-            scale = torch.full(sites, self.factor, dtype=torch.float64)
-        else:
-            scale = self.scale.double()
-        eye = torch.eye(width, dtype=torch.float64, device=scale.device)
+        scale = self.scale.double()
+        eye = torch.eye(self.shape[-1], dtype=torch.float64, device=scale.device)
         shift = self.mean.double() if self.mode == "center_and_scale" else None
         return Affine(eye * scale[..., None, None], eye / scale[..., None, None], shift)
 
