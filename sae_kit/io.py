@@ -3,7 +3,8 @@
 The folder holds two more files when there is something to say: `sparsity.safetensors` (log10 firing frequency, as
 SAELens writes it) and `sae_kit.safetensors` (counters that no forward pass needs). An SAE whose scale is folded is
 self-sufficient: SAELens computes the same outputs from it. One with an unfolded scale (a checkpoint of a run)
-carries the scale as a tensor, which makes SAELens refuse it rather than compute something else.
+carries the scale as a tensor, which makes SAELens refuse it rather than compute something else. Fields that only shape
+training stand in `cfg.json` where one is not at its default, so that a config is read back as it was.
 
 Files are data: JSON and safetensors, checked against each other before a tensor is read; never unpickled.
 """
@@ -132,12 +133,13 @@ def _parse_name(name: Any) -> tuple[str, str, bool, bool]:
 
 
 def _is_training_form(sae: SAE) -> bool:
-    return sae.norm_in.mode in ESTIMATED or sae.selects_over_batch
+    """Whether the file says how the SAE is trained; SAELens passes over those fields, as over its own."""
+    trained_otherwise = sae.cfg != dataclasses.replace(sae.cfg.for_inference(), metadata=sae.cfg.metadata)
+    return sae.norm_in.mode in ESTIMATED or sae.selects_over_batch or trained_otherwise
 
 
 def _config_to_file(sae: SAE, pair: str) -> dict[str, Any]:
-    training = _is_training_form(sae)
-    cfg = sae.cfg if training else sae.cfg.for_inference()
+    cfg, training = sae.cfg, _is_training_form(sae)
     training_only = {f.name for f in dataclasses.fields(cfg) if f.metadata.get("training_only")}
     values = trees.fields_to_dict(cfg)
     disk_name, kind = _file_name_of(cfg), sae.geometry.kind

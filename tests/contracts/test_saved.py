@@ -1,6 +1,7 @@
 """C1, C6: what is written is read back to the bit, in training and inference form, with no field at its default."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from helpers import (
 from sae_kit import SAE, list_architectures
 from sae_kit.errors import ConfigError
 from sae_kit.io import load, load_config
-from sae_kit.normalization import ESTIMATED
+from sae_kit.normalization import PER_ROW
 from sae_kit.sae_config import SAEConfig
 
 SHAPES = ("d_in", "in_shape", "device")  # two spellings of one width; the machine's
@@ -34,10 +35,9 @@ def assert_read_back(sae: SAE, folder: Path) -> None:
     again = load(folder, verify=True)
     assert type(again) is type(sae)
     assert again.geometry == sae.geometry
-    saved = sae.cfg if sae.norm_in.mode in ESTIMATED or sae.selects_over_batch else sae.cfg.for_inference()
-    for field in dataclasses.fields(saved):
+    for field in dataclasses.fields(sae.cfg):
         if field.name not in SHAPES:
-            found, expected = getattr(again.cfg, field.name), getattr(saved, field.name)
+            found, expected = getattr(again.cfg, field.name), getattr(sae.cfg, field.name)
             assert found == expected or (found, expected) == ("none", None), field.name
     assert load_config(folder).to_dict() == {**again.cfg.to_dict(), "device": "cpu"}
     torch.testing.assert_close(again.state_dict(), sae.state_dict(), rtol=0, atol=0)
@@ -106,6 +106,28 @@ def test_every_field_survives(tmp_path: Path, name: str, training: bool) -> None
     for number, cfg in enumerate(configs_of_other_values(name)):
         sae = estimated(cfg.build(seed=3))
         assert_read_back(sae if training else sae.to_inference(), tmp_path / str(number))
+
+
+@every
+def test_a_file_says_how_its_sae_is_trained_until_that_is_for_use(tmp_path: Path, name: str) -> None:
+    """Whatever scales the activations; at its defaults, and for use, training leaves no fields at the top level."""
+    for mode in ("none", *sorted(PER_ROW)):
+        given = {} if refused(name, {"normalize_activations": mode}) else {"normalize_activations": mode}
+        plain, other = make_config(name, **given).build(), make_config(name, **given, dead_after_tokens=7).build()
+        assert plain.selects_over_batch or not training_fields(plain, tmp_path)
+        assert training_fields(other, tmp_path) == training_only(other)
+        assert SAE.load_from_disk(tmp_path).cfg.dead_after_tokens == 7
+        assert not training_fields(other.to_inference(), tmp_path)
+        assert not training_fields(SAE.load_from_disk(tmp_path), tmp_path)
+
+
+def training_only(sae: SAE) -> set[str]:
+    return {field.name for field in dataclasses.fields(sae.cfg) if field.metadata.get("training_only")}
+
+
+def training_fields(sae: SAE, folder: Path) -> set[str]:
+    """Fields of training alone in the file of an SAE."""
+    return training_only(sae) & json.loads((sae.save_model(folder) / "cfg.json").read_text()).keys()
 
 
 @every

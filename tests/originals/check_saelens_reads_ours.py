@@ -1,7 +1,8 @@
 """SAELens opens the folders of make_ours.py and computes what we computed, or refuses: never anything else.
 
 Usage: python check_saelens_reads_ours.py OUT (an interpreter that has SAELens). A folder must open if SAELens knows its
-name and no scale is left to be folded, and must be refused otherwise. Its classes for training may refuse more. Prints
+name and no scale is left to be folded, and must be refused otherwise. Of its config only what shapes training may be
+dropped, which is what the form for use lacks. Its classes for training may refuse more. Prints
 counts and the largest differences, relative to the largest value of each output; exits with 1 if one exceeds 1e-5, a
 folder that should be refused opens, or the other way round.
 """
@@ -70,7 +71,8 @@ def check(folder: Path) -> tuple[str, dict[str, float]]:
         return f"refused by {reason(error, config_of(folder))}", {}
     if not opens:
         raise Wrong("opened although it should be refused")
-    if ignored := config_of(folder).keys() - {field.name for field in fields(sae.cfg)} - {"architecture"}:
+    matters = config_of(folder).keys() & config_of(folder.with_name("inference")).keys() - {"architecture"}
+    if ignored := matters - {field.name for field in fields(sae.cfg)}:
         raise Wrong(f"{sorted(ignored)} of its config are dropped in silence")
     facts = sae.cfg.metadata
     if (facts.model_name, facts.sae_kit["format"], facts.context_size) != ("a-model", 1, 128):
