@@ -1,6 +1,6 @@
 """Does training on sparse codes go where training on dense ones goes?
 
-    python benchmarks/curves.py [--architectures topk] [--steps 300] [--seeds 0 1 2] [--dtype float32] [--json]
+    python benchmarks/curves.py [--architectures topk] [--steps 300] [--seeds 0 1 2] [--dtype float32] [--lr 2e-4]
 
 Each seed trains twice on the same rows from the same weights: with sparse codes throughout, whatever their density, and
 on dense ones (products of full matrices, gradients by autograd alone; for SAEs that always train on sparse codes see
@@ -10,8 +10,8 @@ on dense ones (products of full matrices, gradients by autograd alone; for SAEs 
 `first` is the largest relative difference of loss between the two in the first 50 steps of any seed, `after` the mean
 distance over the steps that follow, to be held against `seeds`, the mean distance between dense runs of two seeds. Sums
 in another order differ in the last bit. In float32 that is enough for two latents of nearly equal strength to change
-places some time, and from there two runs drift apart, however exact; in float64 it is not, so what is left is the
-difference of the two paths.
+places some time, sooner where the rate is high, and from there two runs drift apart, however exact; in float64 it is
+not, so what is left is the difference of the two paths.
 """
 
 import dataclasses
@@ -64,14 +64,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--steps", type=int, default=300)
     options.add_argument("--early", type=int, default=50, help="steps that count as the first")
     options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    options.add_argument("--lr", type=float, help="learning rate, instead of the recipe's")
     options.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
     args = options.parse_args(arguments)
     start(args)
     if not args.json:
         print(f"| architecture | dtype | first {args.early} | after | seeds |\n|---|---|--:|--:|--:|")
     for name, dtype in product(args.architectures, args.dtype):
-        sparse = torch.stack([curve(name, seed, args.steps, dtype, dense=False) for seed in args.seeds])
-        dense = torch.stack([curve(name, seed, args.steps, dtype, dense=True) for seed in args.seeds])
+        settings = {"name": name, "steps": args.steps, "dtype": dtype, "lr": args.lr}
+        sparse = torch.stack([curve(seed=seed, dense=False, **settings) for seed in args.seeds])
+        dense = torch.stack([curve(seed=seed, dense=True, **settings) for seed in args.seeds])
         found = distance(sparse, dense, args.early)
         if args.json:
             losses = {"sparse": sparse.tolist(), "dense": dense.tolist()}
@@ -89,12 +91,13 @@ def distance(sparse: Tensor, dense: Tensor, early: int) -> Distance:
     return Distance(apart[:, :early].max().item(), apart[:, early:].mean().item(), mean)
 
 
-def curve(name: str, seed: int, steps: int, dtype: str, *, dense: bool) -> Tensor:
+def curve(*, name: str, seed: int, steps: int, dtype: str, lr: float | None, dense: bool) -> Tensor:
     """The loss of each step [steps]."""
     cfg = run_config(name)
     rows = cfg.train.batch_tokens
     train = dataclasses.replace(cfg.train, tokens=steps * rows, sparse_below=0.0 if dense else 1.0)
-    cfg = dataclasses.replace(cfg, train=train, log=dataclasses.replace(cfg.log, every_tokens=rows))
+    optim = cfg.optim if lr is None else dataclasses.replace(cfg.optim, lr=lr)
+    cfg = dataclasses.replace(cfg, train=train, optim=optim, log=dataclasses.replace(cfg.log, every_tokens=rows))
     fields = cfg.saes["sae"].sae.to_dict() | {"dtype": dtype}
     sae = SAEConfig.from_dict(fields).build(seed)
     if dense:

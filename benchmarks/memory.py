@@ -4,8 +4,9 @@
 
 The largest sum of bytes at any moment of a step, minus (parameters + state of the optimizer + one set of gradients +
 the rows themselves), divided by batch × d_sae × 4. Gradients are released at the end of each step, so one set of them
-is part of what a step allocates. `whole` makes all pre-activations at once, `chunked` a sixteenth of them at a time
-(`train.max_pre_bytes`), `default` as many as a run does that does not say.
+is part of what a step allocates; the forward pass, in which there are none yet, may fill their room. `whole` makes all
+pre-activations at once, `chunked` a sixteenth of them at a time (`train.max_pre_bytes`), `default` as many as a run
+that does not say.
 
 On the CPU the bytes are those that torch's allocator hands out and takes back (the profiler records every call); on
 CUDA they are `torch.cuda.max_memory_allocated`.

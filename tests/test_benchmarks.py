@@ -120,7 +120,7 @@ def test_cost_against_width_is_drawn(rows: Callable[..., list[dict[str, Any]]], 
 
 
 def test_sparse_and_dense_training_follow_the_same_curve(rows: Callable[..., list[dict[str, Any]]]) -> None:
-    arguments = ["--steps", "15", "--early", "10", "--seeds", "0", "1", "--dtype", "float64"]
+    arguments = ["--steps", "15", "--early", "10", "--seeds", "0", "1", "--dtype", "float64", "--lr", "1e-3"]
     found = rows("curves.py", *arguments)
     assert {row["architecture"] for row in found} == TRAINABLE - {"abstopk", "matching_pursuit"}
     for row in found:
