@@ -179,7 +179,7 @@ def _architecture_of(arguments: Sequence[str], tree: dict[str, Any]) -> str:
 
 def _train_parser(architecture: str) -> argparse.ArgumentParser:
     from sae_kit.registry import list_architectures
-    from sae_kit.training.config import RunConfig
+    from sae_kit.training.config import RunConfig, SAEEntry
 
     parser = argparse.ArgumentParser(
         prog="sae-kit train",
@@ -200,29 +200,41 @@ def _train_parser(architecture: str) -> argparse.ArgumentParser:
         short.add_argument(f"--{flag}", metavar=flag.upper(), help=f"{text}{names} [{'.'.join(_path(flag))}]{default}")
     sae = parser.add_argument_group(f"the SAE ({architecture}; another --arch shows its own fields)")
     _add_fields(sae, list_architectures()[architecture].config, "sae", leave_out=("metadata",))
-    run = parser.add_argument_group("the run")
-    for field in dataclasses.fields(RunConfig):
-        section = typing.get_type_hints(RunConfig)[field.name]
-        if dataclasses.is_dataclass(section):
-            _add_fields(
-                parser.add_argument_group(f"{field.name}: {trees.field_docs(RunConfig)[field.name]}"),
-                section,
-                field.name,
-            )
-        elif field.name != "saes":
-            _add_field(run, field.name, trees.field_docs(RunConfig).get(field.name, ""), field)
+    entry = parser.add_argument_group("training of the SAE")
+    _add_sections(parser, entry, SAEEntry, "saes.sae.", leave_out=("sae", "hook", "hook_out"))
+    _add_sections(parser, parser.add_argument_group("the run"), RunConfig, "", leave_out=("saes",))
     return parser
+
+
+def _add_sections(parser: Any, group: Any, cls: Any, prefix: str, leave_out: tuple[str, ...]) -> None:
+    """Plain fields of `cls` go into `group`, those of each section in it into a group of their own."""
+    docs = trees.field_docs(cls)
+    for field in dataclasses.fields(cls):
+        name, section = f"{prefix}{field.name}", _section(cls, field.name)
+        if field.name in leave_out:
+            continue
+        if section is None:
+            _add_field(group, name, docs.get(field.name, ""), field)
+        else:
+            _add_fields(parser.add_argument_group(f"{name}: {docs[field.name]}"), section, name)
 
 
 def _add_fields(group: Any, cls: Any, prefix: str, leave_out: tuple[str, ...] = ()) -> None:
     docs = trees.field_docs(cls)
     for field in dataclasses.fields(cls):
         if field.name not in leave_out:
-            nested = [h for h in _parts(typing.get_type_hints(cls)[field.name]) if dataclasses.is_dataclass(h)]
-            if nested and typing.get_origin(typing.get_type_hints(cls)[field.name]) is not tuple:
-                _add_fields(group, nested[0], f"{prefix}.{field.name}")
-            else:
+            section = _section(cls, field.name)
+            if section is None:
                 _add_field(group, f"{prefix}.{field.name}", docs.get(field.name, ""), field)
+            else:
+                _add_fields(group, section, f"{prefix}.{field.name}")
+
+
+def _section(cls: Any, name: str) -> Any:
+    """The dataclass that a field holds, perhaps besides None; None of other fields, and of lists of dataclasses."""
+    hint = typing.get_type_hints(cls)[name]
+    found = [part for part in _parts(hint) if dataclasses.is_dataclass(part)]
+    return found[0] if found and typing.get_origin(hint) is not tuple else None
 
 
 def _add_field(group: Any, name: str, text: str, field: dataclasses.Field[Any]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,31 @@ def test_start_and_resampling_of_an_sae_are_set_by_their_paths() -> None:
         parse(*arguments, "saes.sae.init.b_dce=mean")
     with pytest.raises(ConfigError, match=r"saes.sae.init: firing_rate is for b_enc='quantile'"):
         parse(*arguments, "saes.sae.init.firing_rate=0.1")
+
+
+def test_flags_of_one_sae_of_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*TRAIN, "--arch", "standard", "--sae.d_sae", "512"]
+    entry = parse(
+        *arguments, "--saes.sae.lr", "1e-3", "--saes.sae.seed", "7", "--saes.sae.init.b_dec", "mean",
+        "--saes.sae.resample.interval_tokens=20%", "--saes.sae.resample.times", "2",
+    ).saes["sae"]  # fmt: skip
+    assert (entry.lr, entry.seed, entry.hook) == (1e-3, 7, "blocks.2.hook_resid_pre")
+    assert entry.init == InitConfig(b_dec="mean")
+    assert entry.resample == ResampleConfig(interval_tokens="20%", times=2)
+    with pytest.raises(UnknownConfigKeyError, match=r"--saes.sae.init.b_dce. Did you mean 'saes.sae.init.b_dec'\?"):
+        parse(*arguments, "--saes.sae.init.b_dce", "mean")
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = capsys.readouterr().out
+    for section, cls in (("init", InitConfig), ("resample", ResampleConfig)):
+        title, _, rest = text.partition(f"saes.sae.{section}: ")[2].partition("\n")
+        assert "None = " in title, "what there is without a flag of the section"
+        flags = re.findall(r"--(\S+) VALUE", rest.split("\n\n")[0])
+        assert flags == [f"saes.sae.{section}.{field.name}" for field in dataclasses.fields(cls)]
+    for flag in ("saes.sae.lr", "saes.sae.seed"):
+        assert f"--{flag} VALUE" in text
+    assert "--saes.sae.hook" not in text, "which has a short name, and one name is enough"
+    assert "--saes.sae.sae." not in text
 
 
 @pytest.mark.parametrize("name", list_architectures())
