@@ -7,8 +7,8 @@ The encoder's forward product (addmm of all rows) is the part that no architectu
 timed in turn with the steps, in the same process, and ratios of medians are printed. A step is everything: forward,
 losses, backward, clipping, optimizer, constraints, statistics. `cases.py` says in which state SAEs are.
 
-`limit` is what the product, and copies as fast as the measured one, leave possible for codes of this L0 (see
-`timing.least_seconds`), in products too. `peer` is a step of SAELens' own trainer on such rows at the same settings, in
+`limit` is the product and all memory traffic of codes of this L0 at the speed of a copy (`timing.least_seconds`), in
+products too; only a cache can beat it. `peer` is a step of SAELens' own trainer on such rows at the same settings, in
 a process of its own, which waits while we compute and computes while we wait.
 """
 

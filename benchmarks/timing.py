@@ -111,11 +111,11 @@ def copy_bandwidth(device: torch.device, repeats: int = 9) -> float:
 def least_seconds(
     product_seconds: float, bandwidth: float, batch: int, d_in: int, d_sae: int, l0: float, size: int
 ) -> float:
-    """What no sparse step can be faster than, as far as this machine's product and copies are concerned.
+    """What a sparse step costs at least if all that it touches comes from memory at the speed of a copy.
 
     The product; pre-activations written and read once; decoder rows gathered for output and code gradient; Adam, which
     reads parameter, gradient and two moments and writes three of them and the gradient, of two matrices. `size` is
-    the bytes of a number.
+    the bytes of a number. A cache that holds much of the decoder makes gathering cheaper than that, so a step can beat it.
     """
     moved = 2 * batch * d_sae + 4 * batch * l0 * d_in + 8 * 2 * d_in * d_sae
     return product_seconds + moved * size / bandwidth
