@@ -115,7 +115,7 @@ def least_seconds(
 
     The product; pre-activations written and read once; decoder rows gathered for output and code gradient; Adam, which
     reads parameter, gradient and two moments and writes three of them and the gradient, of two matrices. `size` is
-    the bytes of a number. A cache that holds much of the decoder makes gathering cheaper than that, so a step can beat it.
+    the bytes of a number. A step can beat it where a cache holds much of the decoder.
     """
     moved = 2 * batch * d_sae + 4 * batch * l0 * d_in + 8 * 2 * d_in * d_sae
     return product_seconds + moved * size / bandwidth
