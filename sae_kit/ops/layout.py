@@ -1,6 +1,5 @@
 """Where the entries of sparse codes are: bag by bag, and the same entries latent by latent."""
 
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -19,26 +18,33 @@ class Layout:
     """The latent of every entry [entries] and the bags that the entries lie in: bag b ends at offsets[b + 1].
 
     Everything else is found when it is first asked for and then kept: all codes that differ in their values alone share
-    one layout, so that a training step sorts its entries once.
+    one layout, so that a training step sorts its entries once. (Not by `cached_property`, whose lock torch.compile
+    cannot follow.)
     """
 
     def __init__(self, indices: Int[Tensor, " entries"], offsets: Int[Tensor, " bags_plus_1"], n_latents: int) -> None:
         self.indices, self.offsets, self.n_latents = indices, offsets, n_latents
+        self._bag: Int[Tensor, " entries"] | None = None
+        self._by_latent: Groups | None = None
 
     @property
     def n_bags(self) -> int:
         return len(self.offsets) - 1
 
-    @cached_property
+    @property
     def bag(self) -> Int[Tensor, " entries"]:
         """The bag of every entry."""
-        bags = torch.arange(self.n_bags, device=self.indices.device)
-        return bags.repeat_interleave(self.offsets.diff(), output_size=len(self.indices))
+        if self._bag is None:
+            bags = torch.arange(self.n_bags, device=self.indices.device)
+            self._bag = bags.repeat_interleave(self.offsets.diff(), output_size=len(self.indices))
+        return self._bag
 
-    @cached_property
+    @property
     def by_latent(self) -> Groups:
         """The entries of every latent, in the order of their bags."""
-        return grouped(self.indices, self.n_latents)
+        if self._by_latent is None:
+            self._by_latent = grouped(self.indices, self.n_latents)
+        return self._by_latent
 
 
 def grouped(keys: Int[Tensor, " entries"], groups: int) -> Groups:

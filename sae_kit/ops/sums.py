@@ -8,7 +8,7 @@ made, and every result is summed in an order that is always the same.
 Two implementations: the embedding bags of torch, and Triton kernels (`triton_sums.py`) on CUDA.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sae_kit.ops.layout import Layout, grouped
+from sae_kit.ops.layout import Groups, Layout, grouped
 
 
 def gather_sum(
@@ -51,17 +51,11 @@ def gather_dot(
     return backward(left, rows, indices, offsets[:-1], nothing, 0, -1)
 
 
-def by_latent(
-    values: Float[Tensor, " entries"], layout: Layout, source: Int[Tensor, " entries"], rows: Float[Tensor, "n d"]
-) -> Float[Tensor, "latents d"]:
-    """Σ over the entries e of each latent of values[e] · rows[source[e]]: the transposed product."""
-    order, offsets = layout.by_latent
-    return gather_sum(values[order], source[order], offsets, rows)
-
-
 def decode(values: Float[Tensor, " entries"], W: Float[Tensor, "latents d"], layout: Layout) -> Float[Tensor, "bags d"]:
     """Codes · W of entries and decoder rows, with gradients to both."""
-    return _Decode.apply(values, W, layout)  # pyright: ignore
+    trains = W.requires_grad and torch.is_grad_enabled()
+    by_latent = _read_by(layout.by_latent, layout.bag) if trains else _Reads()
+    return _Decode.apply(values, W, layout.indices, layout.offsets, *by_latent)  # pyright: ignore
 
 
 def encode(
@@ -78,62 +72,68 @@ def encode(
     `picked` are the values, `source` says which row of x each entry reads; b_dec is None where the encoder does not
     subtract it.
     """
-    return _Encode.apply(picked, x, W, bias, b_dec, layout, source)  # pyright: ignore
+    if not torch.is_grad_enabled():
+        return picked
+    by_latent = _read_by(layout.by_latent, source)
+    by_source = _read_by(grouped(source, len(x)), layout.indices) if x.requires_grad else _Reads()
+    return _Encode.apply(picked, x, W, bias, b_dec, layout.indices, *by_latent, *by_source)  # pyright: ignore
+
+
+class _Reads(NamedTuple):
+    """Entries sorted into groups, and which row of a matrix each of them multiplies."""
+
+    order: Int[Tensor, " entries"] | None = None
+    offsets: Int[Tensor, " groups_plus_1"] | None = None
+    rows: Int[Tensor, " entries"] | None = None
+
+
+def _read_by(groups: Groups, rows: Int[Tensor, " entries"]) -> _Reads:
+    return _Reads(groups.order, groups.offsets, rows[groups.order])
 
 
 class _Decode(torch.autograd.Function):
+    """Tensors alone go in, so that torch.compile can follow; likewise below."""
+
     @staticmethod
-    def forward(ctx: Any, values: Tensor, W: Tensor, layout: Layout) -> Tensor:
-        ctx.save_for_backward(values, W)
-        ctx.layout = layout
-        return gather_sum(values, layout.indices, layout.offsets, W)
+    def forward(ctx: Any, values: Tensor, W: Tensor, indices: Tensor, offsets: Tensor, *by_latent: Any) -> Tensor:
+        ctx.save_for_backward(values, W, indices, offsets, *by_latent)
+        return gather_sum(values, indices, offsets, W)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        values, W = ctx.saved_tensors
-        layout: Layout = ctx.layout
+        values, W, indices, offsets, order, latent_offsets, bags = ctx.saved_tensors
         grad = grads[0].contiguous()
         to_values = to_W = None
         if ctx.needs_input_grad[0]:
-            to_values = gather_dot(grad, layout.indices, layout.offsets, W).to(values.dtype)
+            to_values = gather_dot(grad, indices, offsets, W).to(values.dtype)
         if ctx.needs_input_grad[1]:
-            to_W = by_latent(values, layout, layout.bag, grad).to(W.dtype)
-        return to_values, to_W, None
+            to_W = gather_sum(values[order], bags, latent_offsets, grad).to(W.dtype)
+        return to_values, to_W, None, None, None, None, None
 
 
 class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        picked: Tensor,
-        x: Tensor,
-        W: Tensor,
-        bias: Tensor,
-        b_dec: Tensor | None,
-        layout: Layout,
-        source: Tensor,
+        ctx: Any, picked: Tensor, x: Tensor, W: Tensor, bias: Tensor, b_dec: Tensor | None, *layout: Any
     ) -> Tensor:
-        ctx.save_for_backward(x, W, bias, b_dec, source)
-        ctx.layout = layout
-        return picked.view_as(picked)
+        ctx.save_for_backward(x, W, bias, b_dec, *layout)
+        return picked.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, W, bias, b_dec, source = ctx.saved_tensors
-        layout: Layout = ctx.layout
+        x, W, bias, b_dec, indices, order, offsets, sources, x_order, x_offsets, latents = ctx.saved_tensors
         grad = grads[0]
         to_x = to_W = to_b_dec = None
         wide = torch.promote_types(grad.dtype, torch.float32)
         to_bias = torch.zeros(len(bias), dtype=wide, device=bias.device)
         # Not index_add_: on CUDA the order of its sums varies.
-        to_bias.index_put_((layout.indices,), grad.to(wide), accumulate=True)
+        to_bias.index_put_((indices,), grad.to(wide), accumulate=True)
         if ctx.needs_input_grad[1]:
-            order, offsets = grouped(source, len(x))
-            to_x = gather_sum(grad[order], layout.indices[order], offsets, W).to(x.dtype)
+            to_x = gather_sum(grad[x_order], latents, x_offsets, W).to(x.dtype)
         if ctx.needs_input_grad[2]:
-            to_W = by_latent(grad, layout, source, x if b_dec is None else x - b_dec).to(W.dtype)
-        if b_dec is not None and ctx.needs_input_grad[4]:
+            to_W = gather_sum(grad[order], sources, offsets, x if b_dec is None else x - b_dec).to(W.dtype)
+        if ctx.needs_input_grad[4]:
             to_b_dec = -(to_bias.to(W.dtype) @ W).to(b_dec.dtype)
-        return None, to_x, to_W, to_bias.to(bias.dtype), to_b_dec, None, None
+        return None, to_x, to_W, to_bias.to(bias.dtype), to_b_dec, *[None] * 7

@@ -68,6 +68,9 @@ class TrainConfig:
     """share of latents on below which standard, JumpReLU and gated SAEs train on sparse codes, with equal results; \
 None = 3% on a CPU, else 0.8%"""
 
+    compile: str | None = None
+    """backend of torch.compile for forward pass and losses, e.g. inductor; None = off"""
+
     def __post_init__(self) -> None:
         if self.max_pre_bytes is not None and self.max_pre_bytes < 1:
             raise ConfigError(f"max_pre_bytes must be at least 1 or None, found {self.max_pre_bytes}")

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ from sae_kit.training.resampling import Resampler
 from sae_kit.training.schedules import StepValues
 
 log = logging.getLogger(__name__)
+P, R = ParamSpec("P"), TypeVar("R")
 
 SAMPLE_ROWS = 32_768
 """Rows that serve for estimates where batches come from an iterator that cannot show what it will give."""
@@ -238,6 +240,8 @@ class SAEInTraining:
         self.metrics = TrainingMetrics(sae, self.dead, cfg.train.density_window_tokens)
         self.details: dict[str, float] = {}
         self._clipped = clipped_parameters(sae)
+        self._pass = compiled(training_pass, cfg.train.compile)
+        self._losses = compiled(training_losses, cfg.train.compile)
         self._schedule = StepValues(sae.cfg, total)
         self._init = None if entry is None else entry.init
         self.resampler: Resampler | None = None
@@ -273,11 +277,11 @@ class SAEInTraining:
         values = self._schedule.at(tokens)
         if self._schedule.k_settles(tokens, rows):
             sae.schedule_settled()
-        run = training_pass(sae, batch, values)
+        run = self._pass(sae, batch, values)
         fired = self.dead.observe(run.encoding.codes.detach(), rows, tokens)
         if self.resampler is not None:
             self.resampler.observe(run, tokens)
-        losses = training_losses(sae, run, values, self.dead)
+        losses = self._losses(sae, run, values, self.dead)
         losses.total.backward()
         project_decoder_gradient(sae)
         grad_norm = clip_gradients(self._clipped, self.clip)
@@ -311,6 +315,20 @@ def _first(stream: Iterator[Item], rows: int) -> list[Item]:
         values = item.x if isinstance(item, Batch) else item if isinstance(item, Tensor) else next(iter(item.values()))
         count += len(values)
     return taken
+
+
+def compiled(function: Callable[P, R], backend: str | None) -> Callable[P, R]:
+    """The function, through torch.compile if a backend is named.
+
+    Raises:
+        ConfigError: no backend of this name; the message lists those that there are.
+    """
+    if backend is None:
+        return function
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise ConfigError(f"train.compile: expected one of {', '.join(known)}, found {backend!r}")
+    return torch.compile(function, backend=backend)
 
 
 def dead_after(sae: SAE, cfg: RunConfig) -> int:
