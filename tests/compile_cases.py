@@ -27,7 +27,7 @@ def main(backend: str, sparse_below: float, names: list[str]) -> None:
         differences = [relative(found.get_parameter(key), value) for key, value in expected.named_parameters()]
         moved = relative(sae.W_dec, expected.W_dec)
         facts = {"difference": max(differences), "moved": moved, "breaks": len(counters["graph_break"])}
-        print(json.dumps({"name": name, "graphs": counters["frames"]["ok"], **facts}))
+        sys.stdout.write(json.dumps({"name": name, "graphs": counters["frames"]["ok"], **facts}) + "\n")
 
 
 def steps(sae: SAE, backend: str | None, sparse_below: float) -> SAE:
