@@ -296,7 +296,7 @@ class SAEWeights(nn.Module):
         self, x: Float[Tensor, "rows ..."], latents: Int[Tensor, " latents"], layer: int = 0
     ) -> Float[Tensor, "rows latents"]:
         """(x − a·b_dec) W_enc of some latents of one block; b_dec is taken as a constant."""
-        W_enc = self.geometry.encoder(self.W_enc, layer)[:, latents]
+        W_enc = self.geometry.encoder(self.W_enc, layer).T[latents].T  # whole rows, as they lie in training
         found = self.geometry.read(x, layer) @ W_enc
         if self.cfg.apply_b_dec_to_input:
             found = found - self.geometry.read(self.b_dec.detach()[None], layer) @ W_enc
