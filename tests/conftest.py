@@ -27,8 +27,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    import torch
+
     from sae_kit.errors import ConfigError
     from sae_kit.registry import import_architectures
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported, which parts of torch do, too
 
     for source in config.getoption("--import-architecture") or ():
         try:
