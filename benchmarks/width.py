@@ -2,22 +2,20 @@
 
     python benchmarks/width.py [--architectures topk] [--widths 4096 8192 ...] [--plot benchmarks/width.svg] [--json]
 
-The plot has both axes logarithmic and, for each case, a line through its first point along which cost grows linearly: a
-step that lies on or under it grows no faster than that.
+The plot, SVG or PNG by its suffix, has both axes logarithmic and, for each case, a dashed line through its first point
+along which cost grows linearly: a step that lies on or under it grows no faster than that. It takes matplotlib, which
+the extra `dev` brings.
 """
 
+import argparse
 import json
-import math
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from cases import Case, names, normal_rows
 from timing import clock, machine, medians, parser, product, start
-
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-LEFT, TOP, WIDTH, HEIGHT = 70, 40, 520, 340  # the frame of the plot
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--batch", type=int, default=2048)
     options.add_argument("--d-in", type=int, default=256)
     options.add_argument("--k", type=int, default=32)
-    options.add_argument("--plot", type=Path, help="an SVG file to write")
+    options.add_argument("--plot", type=plot_file, metavar="FILE", help="an .svg or .png to write")
     args = options.parse_args(arguments)
     device = start(args)
     x = normal_rows(args.batch, args.d_in, torch.empty(0, device=device))
@@ -49,54 +47,46 @@ def main(arguments: Sequence[str] | None = None) -> None:
             else:
                 print(f"| {name} | {d_sae:,} | {times['step'] * 1e3:.1f} | {products:.2f} | {growth:.2f} |", flush=True)
     if args.plot is not None:
-        about = f"d_in {args.d_in}, batch {args.batch:,}, k {args.k}; {machine(device)}"
-        args.plot.write_text(plot(args.widths, curves, about), encoding="utf-8")
+        about = f"d_in {args.d_in}, batch {args.batch:,}, k {args.k}\n{machine(device)}"
+        plot(args.plot, args.widths, curves, about)
 
 
-def plot(widths: list[int], curves: dict[str, list[float]], about: str) -> str:
-    """An SVG of milliseconds against latents."""
-    steps = [seconds * 1e3 for curve in curves.values() for seconds in curve]
-    ceiling = max(max(steps), max(curve[0] * 1e3 * widths[-1] / widths[0] for curve in curves.values()))
-    low, high = math.floor(math.log10(min(steps))), math.ceil(math.log10(ceiling))
-
-    def place(latents: float, milliseconds: float) -> tuple[float, float]:
-        across = math.log(latents / widths[0]) / max(math.log(widths[-1] / widths[0]), 1e-9)
-        up = (math.log10(milliseconds) - low) / max(high - low, 1)
-        return LEFT + across * WIDTH, TOP + (1 - up) * HEIGHT
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + WIDTH + 40}" height="{TOP + HEIGHT + 60}" '
-        'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>',
-        _text(LEFT, 24, f"one training step, ms, against latents ({about})", "start"),
-    ]
-    for width in widths:
-        column, _ = place(width, 10**low)
-        parts += [
-            _line((column, TOP), (column, TOP + HEIGHT), "#dddddd"),
-            _text(column, TOP + HEIGHT + 18, f"{width:,}"),
-        ]
-    for power in range(low, high + 1):
-        _, row = place(widths[0], 10**power)
-        parts += [_line((LEFT, row), (LEFT + WIDTH, row), "#dddddd"), _text(LEFT - 8, row + 4, f"{10**power:g}", "end")]
-    for number, (name, curve) in enumerate(curves.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        points = [place(width, seconds * 1e3) for width, seconds in zip(widths, curve, strict=True)]
-        linear = place(widths[-1], curve[0] * 1e3 * widths[-1] / widths[0])
-        parts += [_line(a, b, colour) for a, b in pairwise(points)]
-        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="{colour}"/>' for a, b in points]
-        parts += [_line(points[0], linear, colour, dashes="6 4")]
-        parts += [_text(LEFT + 12, TOP + 18 + 16 * number, f"{name} (dashed: linear growth)", "start", colour)]
-    return "\n".join([*parts, "</svg>"]) + "\n"
+def plot_file(text: str) -> Path:
+    """A file that can be drawn, which is better known before the measurement than after it."""
+    path = Path(text)
+    if path.suffix not in (".svg", ".png"):
+        raise argparse.ArgumentTypeError(f"expected a file that ends in .svg or .png, found {text!r}")
+    if find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("a plot needs matplotlib: pip install 'sae-kit[dev]'")
+    return path
 
 
-def _line(start: tuple[float, float], end: tuple[float, float], colour: str, dashes: str = "") -> str:
-    (x1, y1), (x2, y2) = start, end
-    dashed = f' stroke-dasharray="{dashes}"' if dashes else ' stroke-width="1.5"'
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}"{dashed}/>'
+def plot(path: Path, widths: Sequence[int], curves: Mapping[str, Sequence[float]], about: str) -> None:
+    """Draw seconds per step, a curve for each case, in milliseconds against `widths`."""
+    import matplotlib  # nothing else here needs it
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
-
-def _text(x: float, y: float, text: str, anchor: str = "middle", colour: str = "black") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{text}</text>'
+    # Text stays text, and with a salt, here, and no date, below, equal numbers make equal files.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "width", "font.size": 11}):
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        figure.suptitle("One training step against the number of latents")
+        axes = figure.add_subplot(xscale="log", yscale="log", xlabel="latents", ylabel="time of a step, ms")
+        axes.set_title(about, fontsize=9, color="0.35")
+        for number, (name, seconds) in enumerate(curves.items()):
+            milliseconds = [1e3 * second for second in seconds]
+            linear = [milliseconds[0] * width / widths[0] for width in widths]
+            axes.plot(widths, linear, "--", color=f"C{number}", linewidth=1, alpha=0.7)
+            axes.plot(widths, milliseconds, "o-", color=f"C{number}", label=name)
+        axes.plot([], [], "--", color="0.5", linewidth=1, label="linear growth from the first point")
+        axes.set_xticks(widths, [f"{width:,}" for width in widths])
+        axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_yticks([], minor=True)
+        axes.grid(color="0.9")
+        axes.legend(frameon=False)
+        figure.savefig(path, dpi=100, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from sae_kit import list_architectures
 FOLDER = ROOT / "benchmarks"
 TRAINABLE = {name for name, found in list_architectures().items() if found.sae.trainable}
 SMALL = ["--repeats", "1", "--threads", "1"]
+SVG = "{http://www.w3.org/2000/svg}"
 
 WORKER = """
 import json, sys
@@ -113,10 +114,32 @@ def test_cost_against_width_is_drawn(rows: Callable[..., list[dict[str, Any]]], 
     found = rows("width.py", *arguments, "--plot", str(path))
     assert [row["d_sae"] for row in found] == [64, 128, 256]
     assert found[2]["growth"] == pytest.approx(found[2]["step"] / found[0]["step"] / 4)
-    drawn = ET.parse(path).getroot()
-    assert len(drawn.findall("{*}circle")) == 3
-    dashed = [line for line in drawn.findall("{*}line") if line.get("stroke-dasharray")]
-    assert len(dashed) == 1
+    drawn = {"".join(text.itertext()).strip() for text in ET.parse(path).getroot().iter(SVG + "text")}
+    assert {"64", "128", "256", "latents", "time of a step, ms", "topk", "linear growth from the first point"} <= drawn
+
+
+def test_equal_costs_give_equal_plots(tmp_path: Path) -> None:
+    plot = runpy.run_path(str(FOLDER / "width.py"))["plot"]
+    files = [tmp_path / "one.svg", tmp_path / "two.svg", tmp_path / "three.svg", tmp_path / "one.png"]
+    for path, last in zip(files, (0.5, 0.5, 0.6, 0.5), strict=True):
+        plot(path, [64, 128, 256], {"topk": [0.1, 0.2, last], "gated": [0.2, 0.3, last]}, "a machine")
+    one, two, three, picture = (path.read_bytes() for path in files)
+    assert one == two != three
+    assert picture.startswith(b"\x89PNG")
+
+
+def test_a_plot_is_refused_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    width = runpy.run_path(str(FOLDER / "width.py"))
+    sizes = ["--widths", "64", "--batch", "32", "--d-in", "16", "--k", "4", *SMALL]
+    with pytest.raises(SystemExit):
+        width["main"]([*sizes, "--plot", str(tmp_path / "width.pdf")])
+    assert "expected a file that ends in .svg or .png, found '" in capsys.readouterr().err
+    monkeypatch.setitem(width["plot_file"].__globals__, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        width["main"]([*sizes, "--plot", str(tmp_path / "width.svg")])
+    assert "pip install 'sae-kit[dev]'" in capsys.readouterr().err
 
 
 def test_sparse_and_dense_training_follow_the_same_curve(rows: Callable[..., list[dict[str, Any]]]) -> None:
