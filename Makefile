@@ -7,7 +7,10 @@
 # Both are read when the environment is made; `make clean` first to change them.
 
 PYTHON ?= python3
-TORCH ?= $(shell grep '^torch==' constraints.txt)
+TESTED := $(shell grep '^torch==' constraints.txt)
+TORCH ?= $(TESTED)
+# Another torch brings a triton of its own.
+LOOSE := ^torch==$(if $(filter-out $(TESTED),$(TORCH)),\|^triton==)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -49,7 +52,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "On Debian and Ubuntu they are the package python3-venv: apt install python3-venv" >&2; exit 1; }
 	@echo 'Installing into $(VENV): a minute or two, and again only when pyproject.toml or constraints.txt changes'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	@grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	@grep -v '$(LOOSE)' constraints.txt > $(VENV)/constraints.txt
 	$(PIP) install --constraint $(VENV)/constraints.txt $(TORCH)
 	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >> $(VENV)/constraints.txt
 	$(PIP) install --constraint $(VENV)/constraints.txt --editable '.[dev]'

@@ -67,15 +67,6 @@ class SelectionSAE(SAE):
         factor = self.rank_factor()
         return pre.detach() if factor is None else pre.detach() * factor
 
-    def all_pre(
-        self, x: Float[Tensor, "..."], on_pre: Callable[[Tensor], Tensor] | None
-    ) -> Float[Tensor, "..."] | None:
-        """All pre-activations, where someone asks for them; otherwise there are never more than a slice."""
-        if on_pre is None and not self.shows_all_pre:
-            return None
-        pre = self.preactivations(x)
-        return on_pre(pre) if on_pre else pre
-
     def parts(
         self, x: Float[Tensor, "rows ..."], pre: Float[Tensor, "rows n_latents"] | None, multiple: int = 1
     ) -> Iterator[Slice]:
@@ -95,11 +86,7 @@ class SelectionSAE(SAE):
         picked: SparseCodes,
     ) -> SparseCodes:
         """Codes of what was picked from slices, in the graph of `pre` if that was given."""
-        if pre is None:
-            found = self.with_gradient(x, self.b_enc, picked)
-        else:
-            row = picked.layout.bag
-            found = picked.with_values(pre[row, picked.layout.indices].reshape(picked.values.shape))
+        found = self.with_gradient(x, self.b_enc, picked) if pre is None else picked.taken_from(pre)
         return found.with_values(self.activation(found.values))
 
 
@@ -136,16 +123,17 @@ class RowSelectionSAE(SelectionSAE):
         """What latents are compared by."""
 
     def encoding(self, x: Float[Tensor, "..."], on_pre: Callable[[Tensor], Tensor] | None = None) -> Encoding:
-        return self._select(x, self.cfg.k, on_pre)
+        rows, pre = x.reshape(-1, *self.geometry.in_shape), None
+        if on_pre or torch.is_grad_enabled():  # whatever someone may want to differentiate, once, twice or forwards
+            pre = self.preactivations(x)
+            pre = (on_pre(pre) if on_pre else pre).reshape(-1, self.geometry.n_latents)
+        codes = self.codes(rows, pre, self._picked(rows, pre, self.cfg.k))
+        return Encoding(dataclasses.replace(codes, leading=self._leading(x)))
 
     def training_encoding(self, x: Float[Tensor, "rows ..."], values: Mapping[str, float]) -> Encoding:
-        return self._select(x, math.ceil(values.get("k", self.cfg.k)), None)
-
-    def _select(self, x: Float[Tensor, "..."], k: int, on_pre: Callable[[Tensor], Tensor] | None) -> Encoding:
-        pre, rows = self.all_pre(x, on_pre), x.reshape(-1, *self.geometry.in_shape)
-        flat = None if pre is None else pre.reshape(len(rows), -1)
-        codes = self.codes(rows, flat, self._picked(rows, flat, k))
-        return Encoding(dataclasses.replace(codes, leading=self._leading(x)), pre)
+        pre = self.preactivations(x) if self.shows_all_pre else None
+        k = math.ceil(values.get("k", self.cfg.k))
+        return Encoding(self.codes(x, pre, self._picked(x, pre, k)), pre)
 
     @torch.no_grad()
     def _picked(
@@ -273,7 +261,7 @@ class BatchSelectionSAE(SelectionSAE):
         return Encoding((torch.relu(rows) * on).reshape(pre.shape), pre)
 
     def training_encoding(self, x: Float[Tensor, "rows ..."], values: Mapping[str, float]) -> Encoding:
-        pre = self.all_pre(x, None)
+        pre = self.preactivations(x) if self.shows_all_pre else None
         number = max(1, round(values.get("k", self.cfg.k) * len(x) * self.geometry.layers / self._scopes))
         return Encoding(self.codes(x, pre, self._picked(x, pre, number)), pre)
 

@@ -111,6 +111,11 @@ class SparseCodes:
         """Other values for the same entries."""
         return dataclasses.replace(self, values=values)
 
+    def taken_from(self, dense: Float[Tensor, "rows d_sae"]) -> "SparseCodes":
+        """The same entries with the values of a tensor, in its graph."""
+        fixed = self.row_offsets is None
+        return self.with_values(dense.gather(1, self.indices) if fixed else dense[self.layout.bag, self.indices])
+
     def firing_counts(self) -> Int[Tensor, " d_sae"]:
         """In how many rows each latent is non-zero."""
         fired = (self.values != 0).reshape(-1).to(torch.int64)

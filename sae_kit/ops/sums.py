@@ -27,7 +27,7 @@ def gather_sum(
 ) -> Float[Tensor, "bags d"]:
     """Σ over the entries e of each bag of values[e] · rows[indices[e]]; an empty bag gives 0."""
     values = values.to(rows.dtype)
-    if rows.is_cuda:
+    if _has_kernels(rows):
         from sae_kit.ops import triton_sums
 
         return triton_sums.gather_sum(values, indices, offsets, rows)
@@ -42,7 +42,7 @@ def gather_dot(
 ) -> Float[Tensor, " entries"]:
     """⟨left[bag of e], rows[indices[e]]⟩ of every entry e."""
     left = left.to(rows.dtype)
-    if rows.is_cuda:
+    if _has_kernels(rows):
         from sae_kit.ops import triton_sums
 
         return triton_sums.gather_dot(left, indices, offsets, rows)
@@ -77,6 +77,11 @@ def encode(
     by_latent = _read_by(layout.by_latent, source)
     by_source = _read_by(grouped(source, len(x)), layout.indices) if x.requires_grad else _Reads()
     return _Encode.apply(picked, x, W, bias, b_dec, layout.indices, *by_latent, *by_source)  # pyright: ignore
+
+
+def _has_kernels(rows: Tensor) -> bool:
+    """Whether Triton's kernels take these rows."""
+    return rows.is_cuda
 
 
 class _Reads(NamedTuple):
@@ -134,6 +139,6 @@ class _Encode(torch.autograd.Function):
             to_x = gather_sum(grad[x_order], latents, x_offsets, W).to(x.dtype)
         if ctx.needs_input_grad[2]:
             to_W = gather_sum(grad[order], sources, offsets, x if b_dec is None else x - b_dec).to(W.dtype)
-        if ctx.needs_input_grad[4]:
+        if b_dec is not None and ctx.needs_input_grad[4]:
             to_b_dec = -(to_bias.to(W.dtype) @ W).to(b_dec.dtype)
         return None, to_x, to_W, to_bias.to(bias.dtype), to_b_dec, *[None] * 7
