@@ -95,6 +95,8 @@ def gather_sum(
     out = rows.new_empty(bags, d)
     shape = _shape(rows)
     grid = (bags, triton.cdiv(d, shape["BLOCK_D"]))
+    if out.numel() == 0:  # CUDA has no empty grids
+        return out
     with torch.cuda.device(rows.get_device()):  # Triton takes the current device
         _sum_kernel[grid](out, values, indices, offsets, rows, d, rows.stride(0), **shape)
     return out
@@ -109,6 +111,8 @@ def gather_dot(
     """⟨left[bag of e], rows[indices[e]]⟩ for every entry e; 0 for what lies in no bag."""
     left, indices, offsets, rows = _readable(left), indices.contiguous(), offsets.contiguous(), _readable(rows)
     out = left.new_zeros(len(indices))
+    if out.numel() == 0 or len(left) == 0:
+        return out
     with torch.cuda.device(rows.get_device()):
         _dot_kernel[len(left),](
             out, left, indices, offsets, rows, rows.shape[1], left.stride(0), rows.stride(0), **_shape(rows)
