@@ -93,9 +93,10 @@ class SparseCodes:
         that the level before has not. The entries of a row must be ragged and in the order of their latents."""
         assert self.row_offsets is not None
         assert widths[-1] == self.d_sae
-        starts = torch.tensor((0, *widths[:-1]), device=self.indices.device)
-        rows = torch.arange(self.n_rows, device=self.indices.device)[:, None] * self.d_sae
-        bounds = torch.cat([(rows + starts).reshape(-1), rows.new_full((1,), self.n_rows * self.d_sae)])
+        rows = torch.arange(self.n_rows, device=self.indices.device) * self.d_sae
+        # Numbers of the host go into kernels as they are; as a tensor they would have to wait for the device.
+        starts = torch.stack([rows + start for start in (0, *widths[:-1])], dim=1).reshape(-1)
+        bounds = torch.cat([starts, rows.new_full((1,), self.n_rows * self.d_sae)])
         offsets = torch.searchsorted(self.layout.bag * self.d_sae + self.indices, bounds)
         return SparseCodes(self.values, self.indices, self.d_sae, (*self.leading, len(widths)), offsets)
 

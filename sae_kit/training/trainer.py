@@ -2,8 +2,8 @@
 
 A step, for each SAE: rates and coefficients from the tokens seen → losses → backward → decoder projection → clip →
 Adam → constraints → metrics. It waits for the device only where metrics are logged, where AuxK renews its list of dead
-latents (and sorts it, if they belong to several layers or levels), in architectures that choose in rounds, and where
-those with thresholds count what passes (never with `sparse_below: 0`).
+latents (and sorts it, if they belong to several layers or levels), in architectures that choose in rounds or draw
+prefixes, and where those with thresholds count what passes (never with `sparse_below: 0`).
 """
 
 import dataclasses
