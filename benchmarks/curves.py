@@ -2,16 +2,21 @@
 
     python benchmarks/curves.py [--architectures topk] [--steps 300] [--seeds 0 1 2] [--dtype float32] [--lr 2e-4]
 
-Each seed trains twice on the same rows from the same weights: with sparse codes throughout, whatever their density, and
-on dense ones (products of full matrices, gradients by autograd alone; for SAEs that always train on sparse codes see
-`tests/dense.py`). Data and recipes are those of
-`ground_truth.py`; a seed decides weights and rows, the known directions are the same for all.
+Each seed trains three times on the same rows from the same weights:
 
-`first` is the largest relative difference of loss between the two in the first 50 steps of any seed, `after` the mean
-distance over the steps that follow, to be held against `seeds`, the mean distance between dense runs of two seeds. Sums
-in another order differ in the last bit. In float32 that is enough for two latents of nearly equal strength to change
-places some time, sooner where the rate is high, and from there two runs drift apart, however exact; in float64 it is
-not, so what is left is the difference of the two paths.
+- sparse: with sparse codes throughout, whatever their density;
+- dense: products of full matrices, gradients by autograd alone (for SAEs that always train on sparse codes see
+  `tests/dense.py`);
+- shuffled: dense, with the rows of every batch in another order, the same for all batches. Losses are means over rows:
+  only the order of sums is another, so what lies between it and dense is rounding alone.
+
+Columns are relative differences of loss. `first`: the largest in the first 50 steps of any seed; `then`: the mean over
+the steps that follow. `seeds`: the mean over those steps between dense runs of two seeds.
+
+In float32 the last bit is enough for an entry to cross its threshold, or two of nearly equal strength to change places,
+some time, sooner where the rate is high, and from there two runs drift apart, however exact. The paths do the same if
+sparse is no farther from dense than shuffled is; in float64, where entries hardly ever do so, both are about 1e-14 or
+less. Data and recipes are those of `ground_truth.py`; a seed decides weights and rows, known directions are the same.
 """
 
 import dataclasses
@@ -37,12 +42,14 @@ ARCHITECTURES = ("topk", "batchtopk", "matryoshka_batchtopk", "standard", "jumpr
 DTYPES = ("float32", "float64")
 
 
-class Distance(NamedTuple):
-    """How far the two paths are from each other, relative to the loss."""
+PATHS = ("sparse", "dense", "shuffled")
 
-    early: float
-    after: float
-    seeds: float
+
+class Distance(NamedTuple):
+    """How far curves are from those of the dense path, relative to the loss."""
+
+    first: float
+    then: float
 
 
 class Losses(Callback):
@@ -69,41 +76,51 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = options.parse_args(arguments)
     start(args)
     if not args.json:
-        print(f"| architecture | dtype | first {args.early} | after | seeds |\n|---|---|--:|--:|--:|")
+        first, then = (f"{when}: sparse-dense | shuffled-dense" for when in (f"first {args.early}", "then"))
+        print(f"| architecture | dtype | {first} | {then} | seeds |\n|---|---|--:|--:|--:|--:|--:|")
     for name, dtype in product(args.architectures, args.dtype):
         settings = {"name": name, "steps": args.steps, "dtype": dtype, "lr": args.lr}
-        sparse = torch.stack([curve(seed=seed, dense=False, **settings) for seed in args.seeds])
-        dense = torch.stack([curve(seed=seed, dense=True, **settings) for seed in args.seeds])
-        found = distance(sparse, dense, args.early)
+        curves = {path: torch.stack([curve(path, seed=seed, **settings) for seed in args.seeds]) for path in PATHS}
+        sparse, shuffled = (distance(curves[path], curves["dense"], args.early) for path in ("sparse", "shuffled"))
+        seeds = between_seeds(curves["dense"][:, args.early :])
         if args.json:
-            losses = {"sparse": sparse.tolist(), "dense": dense.tolist()}
-            print(json.dumps({"architecture": name, "dtype": dtype, **found._asdict(), **losses}), flush=True)
+            found = {"sparse": sparse._asdict(), "shuffled": shuffled._asdict(), "seeds": seeds}
+            losses = {path: values.tolist() for path, values in curves.items()}
+            print(json.dumps({"architecture": name, "dtype": dtype, **found, "losses": losses}), flush=True)
         else:
-            print(f"| {name} | {dtype} | {found.early:.1e} | {found.after:.1e} | {found.seeds:.1e} |", flush=True)
+            figures = (sparse.first, shuffled.first, sparse.then, shuffled.then, seeds)
+            print(f"| {name} | {dtype} | {' | '.join(f'{figure:.1e}' for figure in figures)} |", flush=True)
 
 
-def distance(sparse: Tensor, dense: Tensor, early: int) -> Distance:
+def distance(curves: Tensor, dense: Tensor, early: int) -> Distance:
     """Of curves [seeds, steps], before step `early` and from there on."""
-    apart = (sparse - dense).abs() / dense
-    later = dense[:, early:]
-    seeds = [(later[a] - later[b]).abs() / later[a] for a, b in combinations(range(len(dense)), 2)]
-    mean = torch.stack(seeds).mean().item() if seeds else float("nan")
-    return Distance(apart[:, :early].max().item(), apart[:, early:].mean().item(), mean)
+    apart = (curves - dense).abs() / dense
+    return Distance(apart[:, :early].max().item(), apart[:, early:].mean().item())
 
 
-def curve(*, name: str, seed: int, steps: int, dtype: str, lr: float | None, dense: bool) -> Tensor:
-    """The loss of each step [steps]."""
+def between_seeds(dense: Tensor) -> float:
+    """The mean distance between two of the curves [seeds, steps]; NaN if there is one alone."""
+    apart = [(dense[a] - dense[b]).abs() / dense[a] for a, b in combinations(range(len(dense)), 2)]
+    return torch.stack(apart).mean().item() if apart else float("nan")
+
+
+def curve(path: str, *, name: str, seed: int, steps: int, dtype: str, lr: float | None) -> Tensor:
+    """The loss of each step [steps] on one of the paths."""
     cfg = run_config(name)
     rows = cfg.train.batch_tokens
-    train = dataclasses.replace(cfg.train, tokens=steps * rows, sparse_below=0.0 if dense else 1.0)
+    sparse_below = 1.0 if path == "sparse" else 0.0
+    train = dataclasses.replace(cfg.train, tokens=steps * rows, sparse_below=sparse_below)
     optim = cfg.optim if lr is None else dataclasses.replace(cfg.optim, lr=lr)
     cfg = dataclasses.replace(cfg, train=train, optim=optim, log=dataclasses.replace(cfg.log, every_tokens=rows))
     fields = cfg.saes["sae"].sae.to_dict() | {"dtype": dtype}
     sae = SAEConfig.from_dict(fields).build(seed)
-    if dense:
+    if path != "sparse":
         densely(sae)
-    losses = Losses()
     batches = GroundTruth.random(0).batches(rows, generator(seed, "train"))
+    if path == "shuffled":
+        order = torch.randperm(rows, generator=generator(0, "order"))
+        batches = (batch[order] for batch in batches)
+    losses = Losses()
     SAETrainer(cfg, sae, batches, callbacks=[losses]).fit()
     return torch.tensor(losses.values, dtype=torch.float64)
 

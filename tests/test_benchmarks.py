@@ -80,12 +80,18 @@ def test_a_peer_takes_turns(
 
 
 def test_tables_have_as_many_columns_as_heads(capsys: pytest.CaptureFixture[str]) -> None:
-    for script in ("step.py", "memory.py"):
-        sizes = ["--sizes", "16x64", "--batch", "32", "--k", "4", "--architectures", "topk"]
-        runpy.run_path(str(FOLDER / script))["main"]([*sizes, *SMALL])
+    sizes = ["--sizes", "16x64", "--batch", "32", "--k", "4"]
+    scripts = {
+        "step.py": sizes,
+        "memory.py": sizes,
+        "width.py": ["--widths", "64", *sizes[2:]],
+        "curves.py": ["--steps", "2", "--early", "1", "--seeds", "0", "--dtype", "float32"],
+    }
+    for script, arguments in scripts.items():
+        runpy.run_path(str(FOLDER / script))["main"]([*arguments, "--architectures", "topk", *SMALL])
         table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-        assert len(table) == 3
-        assert len({line.count("|") for line in table}) == 1
+        assert len(table) == 3, script
+        assert len({line.count("|") for line in table}) == 1, script
 
 
 def test_memory_is_counted_to_the_byte() -> None:
@@ -143,9 +149,11 @@ def test_a_plot_is_refused_before_anything_is_measured(
 
 
 def test_sparse_and_dense_training_follow_the_same_curve(rows: Callable[..., list[dict[str, Any]]]) -> None:
-    arguments = ["--steps", "15", "--early", "10", "--seeds", "0", "1", "--dtype", "float64", "--lr", "1e-3"]
+    arguments = ["--steps", "12", "--early", "10", "--seeds", "0", "1", "--dtype", "float64", "--lr", "1e-3"]
     found = rows("curves.py", *arguments)
     assert {row["architecture"] for row in found} == TRAINABLE - {"abstopk", "matching_pursuit"}
     for row in found:
-        assert 0 < row["early"] < 1e-10, row["architecture"]  # two paths: bits differ
-        assert row["after"] < 1e-10 < row["seeds"], row["architecture"]
+        for path in ("sparse", "shuffled"):
+            assert row["losses"][path] != row["losses"]["dense"], (row["architecture"], path)  # two paths: bits differ
+            assert row[path]["first"] < 1e-10, (row["architecture"], path)
+            assert row[path]["then"] < 1e-10 < row["seeds"], (row["architecture"], path)
