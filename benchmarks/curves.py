@@ -14,9 +14,10 @@ Columns are relative differences of loss. `first`: the largest in the first 50 s
 the steps that follow. `seeds`: the mean over those steps between dense runs of two seeds.
 
 In float32 the last bit is enough for an entry to cross its threshold, or two of nearly equal strength to change places,
-some time, sooner where the rate is high, and from there two runs drift apart, however exact. The paths do the same if
-sparse is no farther from dense than shuffled is; in float64, where entries hardly ever do so, both are about 1e-14 or
-less. Data and recipes are those of `ground_truth.py`; a seed decides weights and rows, known directions are the same.
+some time, sooner where the rate is high, and from there two runs drift apart, however exact. That is rare, and any of
+the three runs may be the one that it happens to: the paths do the same if, over several seeds, sparse is about as far
+from dense as shuffled is. In float64, where it hardly ever happens, both are about 1e-14 or less. Data and recipes are
+those of `ground_truth.py`; a seed decides weights and rows, known directions are the same.
 """
 
 import dataclasses
