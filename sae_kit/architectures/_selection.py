@@ -21,7 +21,7 @@ from sae_kit.annealing import KAnnealing
 from sae_kit.config import Tokens
 from sae_kit.conversions import to_jumprelu, to_topk
 from sae_kit.errors import ConfigError
-from sae_kit.ops import Largest, SparseCodes
+from sae_kit.ops import Largest, LargestOfRows, SparseCodes
 from sae_kit.sae import SAE, Encoding
 from sae_kit.sae_config import SAEConfig, training_only
 from sae_kit.weights import Slice
@@ -139,42 +139,33 @@ class RowSelectionSAE(SelectionSAE):
     def _picked(
         self, rows: Float[Tensor, "rows ..."], pre: Float[Tensor, "rows n_latents"] | None, k: int
     ) -> SparseCodes:
-        """Pre-activations and indices of those who are kept: the best of each slice, and of these the best."""
+        """Pre-activations and indices of those who are kept: each slice competes with the best of those before it."""
         groups = self.cfg.selection == "groupmax"
         size = self.d_sae // k if groups else 1
-        finalists: list[list[tuple[Tensor, ...]]] = [[] for _ in range(self.geometry.layers)]
+        kept = [GroupMaxima(size) if groups else LargestOfRows(k) for _ in range(self.geometry.layers)]
         for part in self.parts(rows, pre, size):
-            strength = self.strength(part.ranked)
-            best = group_maxima(strength, size) if groups else top(strength, min(k, strength.shape[1]))
-            finalists[part.layer].append((strength.gather(1, best), part.pre.gather(1, best), best + part.first))
-        kept: list[tuple[Tensor, Tensor]] = []
-        for several in finalists:
-            strength, h, latents = (torch.cat(each, dim=1) for each in zip(*several, strict=True))
-            if len(several) > 1 and not groups:
-                best = top(strength, k)
-                h, latents = h.gather(1, best), latents.gather(1, best)
-            kept.append((h, latents))
-        h, latents = (torch.cat(each, dim=1) for each in zip(*kept, strict=True))
+            kept[part.layer].add(self.strength(part.ranked), part.pre, part.first)
+        h, latents = (torch.cat(each, dim=1) for each in zip(*(best.result() for best in kept), strict=True))
         return SparseCodes(h, latents, self.geometry.n_latents, (len(rows),))
 
 
-def top(strength: Float[Tensor, "rows latents"], k: int) -> Int[Tensor, "rows k"]:
-    """The k largest of each row."""
-    return strength.topk(k, dim=1, sorted=False).indices
+class GroupMaxima:
+    """The largest of each group of `size` neighbours, of numbers that come in parts (Eleuther's sparsify)."""
 
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._kept: list[tuple[Tensor, Tensor]] = []
 
-def on_one_axis(chosen: Int[Tensor, "_ k"], layers: int, d_sae: int) -> Int[Tensor, "rows _"]:
-    """Latents of each row and block, numbered along the axis of all latents."""
-    if layers == 1:
-        return chosen
-    first = torch.arange(layers, device=chosen.device)[:, None] * d_sae
-    return (chosen.reshape(-1, layers, chosen.shape[1]) + first).flatten(1)
+    def add(self, numbers: Float[Tensor, "rows width"], values: Float[Tensor, "rows width"], first: int) -> None:
+        """A part of whole groups whose columns are numbered from `first`."""
+        groups = numbers.unflatten(1, (-1, self.size))
+        best = groups.argmax(dim=2) + torch.arange(groups.shape[1], device=numbers.device) * self.size
+        self._kept.append((values.gather(1, best), best + first))
 
-
-def group_maxima(strength: Float[Tensor, "rows latents"], size: int) -> Int[Tensor, "rows groups"]:
-    """The largest of each group of `size` neighbouring latents (Eleuther's sparsify)."""
-    groups = strength.unflatten(1, (-1, size))
-    return groups.argmax(dim=2) + torch.arange(groups.shape[1], device=strength.device) * size
+    def result(self) -> tuple[Float[Tensor, "rows groups"], Int[Tensor, "rows groups"]]:
+        """Values and columns."""
+        values, columns = (torch.cat(each, dim=1) for each in zip(*self._kept, strict=True))
+        return values, columns
 
 
 # ---- k·B of a batch of B rows ----------------------------------------------------------------------------------------
@@ -254,10 +245,9 @@ class BatchSelectionSAE(SelectionSAE):
         if threshold is not None:
             on = z > threshold.clamp(min=0)
         else:
-            indices = on_one_axis(
-                top(z.reshape(-1, self.d_sae), math.ceil(self.cfg.k)), self.geometry.layers, self.d_sae
-            )
-            on = torch.zeros_like(z, dtype=torch.bool).scatter_(1, indices, True)
+            blocks = z.reshape(-1, self.d_sae)
+            best = blocks.topk(math.ceil(self.cfg.k), sorted=False).indices
+            on = torch.zeros_like(blocks, dtype=torch.bool).scatter_(1, best, True).reshape(z.shape)
         return Encoding((torch.relu(rows) * on).reshape(pre.shape), pre)
 
     def training_encoding(self, x: Float[Tensor, "rows ..."], values: Mapping[str, float]) -> Encoding:
@@ -278,9 +268,9 @@ class BatchSelectionSAE(SelectionSAE):
         kept = [Largest(number) for _ in range(self._scopes)]
         for part in self.parts(x, pre):
             kept[part.first // per_scope].add(part.ranked, part.pre, part.first, n_latents)
-        keys, order = torch.cat([each.keys for each in kept]).sort()
-        h = torch.cat([each.values for each in kept])[order]
-        return SparseCodes.from_keys(keys, h, len(x), n_latents)
+        h, keys = (torch.cat(each) for each in zip(*(best.result() for best in kept), strict=True))
+        keys, order = keys.sort()
+        return SparseCodes.from_keys(keys, h[order], len(x), n_latents)
 
     @torch.no_grad()
     def observe(self, encoding: Encoding, values: Mapping[str, float]) -> None:

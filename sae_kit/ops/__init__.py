@@ -16,12 +16,13 @@ from sae_kit.ops.codes import (
     with_values,
 )
 from sae_kit.ops.layout import Layout
-from sae_kit.ops.selection import Largest, largest
+from sae_kit.ops.selection import Largest, LargestOfRows, largest
 from sae_kit.ops.sums import encode
 
 __all__ = [
     "Codes",
     "Largest",
+    "LargestOfRows",
     "Layout",
     "SparseCodes",
     "decode",

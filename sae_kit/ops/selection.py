@@ -1,5 +1,7 @@
 """The largest of very many numbers, and those above a bound."""
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -37,35 +39,86 @@ def largest(
 
 
 class Largest:
-    """The largest of numbers that come in parts, each with a value and a key that go with it."""
+    """The `wanted` largest of numbers that come in parts, each with a value and a key that go with it."""
 
     def __init__(self, wanted: int) -> None:
         self.wanted = wanted
-        self._kept: tuple[Tensor, Tensor, Tensor] | None = None
-        self._bound: Float[Tensor, ""] | None = None
-
-    @property
-    def values(self) -> Float[Tensor, " found"]:
-        assert self._kept is not None
-        return self._kept[1]
-
-    @property
-    def keys(self) -> Int[Tensor, " found"]:
-        assert self._kept is not None
-        return self._kept[2]
+        self._kept: Kept | None = None
 
     def add(self, numbers: Tensor, values: Tensor, first_key: int, row_stride: int) -> None:
         """A part [rows, width] of numbers and of values; entry (r, j) has the key first_key + r · row_stride + j."""
-        flat, width = numbers.reshape(-1), numbers.shape[1]
-        found = largest(flat, self.wanted, self._bound)
+        flat, width, kept = numbers.reshape(-1), numbers.shape[1], self._kept
+        bound = kept.numbers.min() if kept is not None and len(kept.numbers) == self.wanted else None
+        found = largest(flat, self.wanted, bound)
         keys = first_key + found // width * row_stride + found % width
-        new = (flat[found], values.reshape(-1)[found], keys)
-        if self._kept is not None:
-            new = tuple(torch.cat(pair) for pair in zip(self._kept, new, strict=True))
-            if len(new[0]) > self.wanted:
-                best = new[0].topk(self.wanted, sorted=False).indices
-                new = tuple(each[best] for each in new)
-        numbers, values, keys = new
-        self._kept = (numbers, values, keys)
-        if len(numbers) == self.wanted:
-            self._bound = numbers.min()
+        new = _joined(kept, Kept(flat[found], values.reshape(-1)[found], keys))
+        if len(new.numbers) > self.wanted:
+            best = new.numbers.topk(self.wanted, sorted=False).indices
+            new = Kept(*(each[best] for each in new))
+        self._kept = new
+
+    def result(self) -> tuple[Float[Tensor, " found"], Int[Tensor, " found"]]:
+        """Values and keys of the largest, in any order."""
+        assert self._kept is not None
+        return self._kept.values, self._kept.keys
+
+
+class LargestOfRows:
+    """The `k` largest of each row of numbers that come in parts [rows, width], each with a value, and its column.
+
+    On a CPU only what exceeds the least that a row has kept is looked at after the first part. On CUDA that would be a
+    question to the device.
+    """
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self._kept: Kept | None = None
+
+    def add(self, numbers: Float[Tensor, "rows width"], values: Float[Tensor, "rows width"], first: int) -> None:
+        """A part whose columns are numbered from `first`."""
+        kept = self._kept
+        if kept is None or kept.numbers.shape[1] < self.k or not len(numbers) or numbers.device.type != "cpu":
+            best = numbers.topk(min(self.k, numbers.shape[1]), dim=1, sorted=False).indices
+            new = Kept(numbers.gather(1, best), values.gather(1, best), best + first)
+        else:
+            new = _above(kept.numbers.amin(dim=1), numbers, values, first)
+        new = _joined(kept, new)
+        if new.numbers.shape[1] > self.k:
+            best = new.numbers.topk(self.k, dim=1, sorted=False).indices
+            new = Kept(*(each.gather(1, best) for each in new))
+        self._kept = new
+
+    def result(self) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
+        """Values and columns of the largest of each row, in any order."""
+        assert self._kept is not None
+        return self._kept.values, self._kept.keys
+
+
+class Kept(NamedTuple):
+    """What has been kept so far."""
+
+    numbers: Tensor
+    values: Tensor
+    keys: Tensor
+
+
+def _joined(kept: Kept | None, new: Kept) -> Kept:
+    return new if kept is None else Kept(*(torch.cat(pair, dim=-1) for pair in zip(kept, new, strict=True)))
+
+
+def _above(bound: Float[Tensor, " rows"], numbers: Tensor, values: Tensor, first: int) -> Kept:
+    """What exceeds the bound of its row; shorter rows are filled up with numbers of -inf."""
+    rows, width = numbers.shape
+    row, column = (numbers <= bound[:, None]).logical_not_().nonzero(as_tuple=True)  # NaN passes
+    starts = torch.searchsorted(row, torch.arange(rows + 1))
+    longest = int(starts.diff().max())
+    place, source = row * longest + torch.arange(len(row)) - starts[row], row * width + column
+    new = Kept(
+        numbers.new_full((rows, longest), -torch.inf),
+        values.new_zeros(rows, longest),
+        torch.zeros(rows, longest, dtype=torch.int64),
+    )
+    new.numbers.view(-1)[place] = numbers.reshape(-1)[source]
+    new.values.view(-1)[place] = values.reshape(-1)[source]
+    new.keys.view(-1)[place] = column + first
+    return new

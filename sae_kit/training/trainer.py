@@ -38,7 +38,8 @@ from sae_kit.training.resampling import Resampler
 from sae_kit.training.schedules import StepValues
 
 log = logging.getLogger(__name__)
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 SAMPLE_ROWS = 32_768
 """Rows that serve for estimates where batches come from an iterator that cannot show what it will give."""

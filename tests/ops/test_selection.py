@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_kit.ops import Largest, largest
+from sae_kit.ops import Largest, LargestOfRows, largest
 from sae_kit.ops.selection import BLOCK
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,5 +68,41 @@ def test_parts_give_what_the_whole_gives(wanted: int, width: int) -> None:
         part = slice(first, first + width)
         kept.add(whole[:, part], values[:, part], first, 500)
     expected = whole.flatten().topk(min(wanted, whole.numel())).indices
-    assert set(kept.keys.tolist()) == set(expected.tolist())
-    assert torch.equal(kept.values, values.flatten()[kept.keys])
+    found, keys = kept.result()
+    assert set(keys.tolist()) == set(expected.tolist())
+    assert torch.equal(found, values.flatten()[keys])
+
+
+@pytest.mark.parametrize("rising", [False, True])
+@pytest.mark.parametrize("k", [1, 10, 130])
+@pytest.mark.parametrize("width", [1, 7, 128, 500])
+def test_parts_give_what_whole_rows_give(k: int, width: int, rising: bool) -> None:
+    """Also where every part beats those before it, and where one does not fill k."""
+    whole = numbers(20 * 500, seed=2).reshape(20, 500)
+    whole = whole.sort(dim=1).values if rising else whole
+    values, kept = whole * 2 + 1, LargestOfRows(k)
+    for first in range(0, 500, width):
+        part = slice(first, first + width)
+        kept.add(whole[:, part], values[:, part], first)
+    found, columns = kept.result()
+    assert torch.equal(columns.sort(dim=1).values, whole.topk(k, dim=1).indices.sort(dim=1).values)
+    assert torch.equal(found, values.gather(1, columns))
+
+
+def test_rows_keep_what_is_not_a_number() -> None:
+    whole = numbers(4 * 60, seed=3).reshape(4, 60)
+    whole[1, 5] = whole[2, 55] = math.nan
+    kept = LargestOfRows(6)
+    for first in range(0, 60, 20):
+        kept.add(whole[:, first : first + 20], whole[:, first : first + 20], first)
+    found, columns = kept.result()
+    assert 5 in columns[1]
+    assert 55 in columns[2]
+    assert found.isnan().sum() == 2
+
+
+def test_of_no_rows_nothing_is_kept() -> None:
+    kept = LargestOfRows(3)
+    for first in (0, 5):
+        kept.add(torch.zeros(0, 5, device=DEVICE), torch.zeros(0, 5, device=DEVICE), first)
+    assert kept.result()[0].shape == (0, 3)
