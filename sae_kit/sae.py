@@ -166,7 +166,7 @@ class SAE(SAEWeights, ABC):
         return self._acts(self._encode(self.hook_sae_input(self._prepare(u)[0]))[0].codes)
 
     def encode_sparse(self, u: Float[Tensor, "..."]) -> SparseCodes:
-        """The same codes without the zeros; nothing of the size of dense codes is made for hooks that are not there.
+        """The same codes without the zeros. Where an architecture selects k latents no dense codes are made for it.
 
         They carry the context that `decode` may need.
         """

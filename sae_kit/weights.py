@@ -231,7 +231,8 @@ class SAEWeights(nn.Module):
         a slice is gone when the next one is asked for.
         """
         geometry, rows = self.geometry, len(x)
-        bias = self._centred(bias).detach()
+        with torch.no_grad():
+            bias = self._centred(bias)
         limit = self.max_pre_bytes or SLICE_BYTES.get(x.device.type, 2**30)
         groups = max(limit // (max(rows, 1) * multiple * x.element_size()), 1)
         width = math.ceil(self.d_sae / multiple / math.ceil(self.d_sae / multiple / groups)) * multiple
@@ -281,10 +282,11 @@ class SAEWeights(nn.Module):
         for part in self.slices(x, bias):
             own = bound[part.first : part.first + part.pre.shape[1]]
             # What is not a number passes: an SAE that has diverged must show it.
-            row, latent = (part.pre <= own).logical_not_().nonzero(as_tuple=True)
-            found += len(row)
+            passes = (part.pre <= own).logical_not_()
+            found += int(passes.count_nonzero())
             if found > most:
                 return self.project(x, bias)
+            row, latent = passes.nonzero(as_tuple=True)
             parts.append((row * n_latents + latent + part.first, part.pre[row, latent]))
         keys, values = (torch.cat(several) for several in zip(*parts, strict=True))
         if len(parts) > 1:

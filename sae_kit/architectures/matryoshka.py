@@ -112,7 +112,8 @@ class MatryoshkaBatchTopKSAE(BatchSelectionSAE):
         if not self.cfg.use_matryoshka_aux_loss:
             yield from super().auxiliary_tasks(encoding, y, y_hat, dead)
             return
-        prefixes = self.prefixes(encoding, self.cfg.widths)
+        with torch.no_grad():
+            prefixes = self.prefixes(encoding, self.cfg.widths)
         for (first, last), weight, prefix in zip(
             pairwise((0, *self.cfg.widths)), self.cfg.weights, prefixes, strict=True
         ):

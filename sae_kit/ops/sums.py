@@ -8,6 +8,7 @@ made, and every result is summed in an order that is always the same.
 Two implementations: the embedding bags of torch, and Triton kernels (`triton_sums.py`) on CUDA.
 """
 
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +82,7 @@ def encode(
 
 def _has_kernels(rows: Tensor) -> bool:
     """Whether Triton's kernels take these rows."""
-    return rows.is_cuda
+    return rows.is_cuda and find_spec("triton") is not None
 
 
 class _Reads(NamedTuple):
@@ -97,7 +98,7 @@ def _read_by(groups: Groups, rows: Int[Tensor, " entries"]) -> _Reads:
 
 
 class _Decode(torch.autograd.Function):
-    """Tensors alone go in, so that torch.compile can follow; likewise below."""
+    """Tensors alone go in, so that torch.compile can follow; likewise below. It may be differentiated twice."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, W: Tensor, indices: Tensor, offsets: Tensor, *by_latent: Any) -> Tensor:
@@ -105,9 +106,10 @@ class _Decode(torch.autograd.Function):
         return gather_sum(values, indices, offsets, W)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, W, indices, offsets, order, latent_offsets, bags = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *_differentiable(grads[0], values, W, indices, offsets), None, None, None, None, None
         grad = grads[0].contiguous()
         to_values = to_W = None
         if ctx.needs_input_grad[0]:
@@ -117,7 +119,16 @@ class _Decode(torch.autograd.Function):
         return to_values, to_W, None, None, None, None, None
 
 
+def _differentiable(grad: Tensor, values: Tensor, W: Tensor, indices: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of a decoder in operations with a graph, for second derivatives: entries × width numbers."""
+    bags = torch.arange(len(grad), device=grad.device).repeat_interleave(offsets.diff(), output_size=len(indices))
+    rows = grad[bags]
+    return (rows * W[indices]).sum(dim=1), torch.zeros_like(W).index_put((indices,), values[:, None] * rows, True)
+
+
 class _Encode(torch.autograd.Function):
+    """Differentiated once: only training comes here, in use pre-activations have a graph of their own."""
+
     @staticmethod
     def forward(
         ctx: Any, picked: Tensor, x: Tensor, W: Tensor, bias: Tensor, b_dec: Tensor | None, *layout: Any

@@ -23,12 +23,23 @@ class _InMemoryOrder:
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> Any:
         found: Any = super()._init_group(group, *lists)  # pyright: ignore
-        parameters, gradients, *_ = lists
+        parameters, gradients, *moments = lists
+        for tensors in moments:
+            tensors[:] = [self._as_the_parameter_lies(p, t) for p, t in zip(parameters, tensors, strict=False)]
         orders = [sorted(range(p.ndim), key=lambda axis, p=p: -p.stride(axis)) for p in parameters]
         for tensors in lists:  # the others are moments, and scalars
             tensors[:] = [t.permute(order) if t.ndim else t for t, order in zip(tensors, orders, strict=False)]
         gradients[:] = [grad.contiguous() for grad in gradients]
         return found  # pyright: ignore
+
+    def _as_the_parameter_lies(self, parameter: Tensor, moment: Tensor) -> Tensor:
+        """A moment from a file lies in the order of its shape: it is laid out anew, once."""
+        if not moment.ndim or moment.stride() == parameter.stride():
+            return moment
+        state: dict[str, Tensor] = self.state[parameter]  # pyright: ignore
+        name = next(key for key in state if state[key] is moment)  # pyright: ignore
+        state[name] = torch.empty_like(parameter).copy_(moment)
+        return state[name]  # pyright: ignore
 
 
 class _Adam(_InMemoryOrder, torch.optim.Adam):  # pyright: ignore

@@ -3,7 +3,7 @@
 A step, for each SAE: rates and coefficients from the tokens seen → losses → backward → decoder projection → clip →
 Adam → constraints → metrics. It waits for the device only where metrics are logged, where AuxK renews its list of dead
 latents (and sorts it, if they belong to several layers or levels), in architectures that choose in rounds or draw
-prefixes, and where those with thresholds count what passes (never with `sparse_below: 0`).
+prefixes, in resampling, and where those with thresholds count what passes (never with `sparse_below: 0`).
 """
 
 import dataclasses
@@ -233,7 +233,9 @@ class SAEInTraining:
         self.sae = sae
         if "W_enc" in sae._parameters:
             sae.W_enc.data = sae.geometry.latent_by_latent(sae.W_enc.data)
-        sae.max_pre_bytes, sae.sparse_below = cfg.train.max_pre_bytes, cfg.train.sparse_below
+        for name_of in ("max_pre_bytes", "sparse_below"):
+            if (setting := getattr(cfg.train, name_of)) is not None:
+                setattr(sae, name_of, setting)
         self.optimizer = optim.build(sae)
         self.clip = optim.clip_grad_norm
         listed = sae.cfg.aux_coefficient > 0 or sae.cfg.pre_act_loss_coefficient is not None

@@ -29,6 +29,9 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("jumprelu", {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": 10.0}),
     ("jumprelu", {"jumprelu_sparsity_loss_mode": "tanh", "jumprelu_ste_to_input": True}),
     ("jumprelu", {"jumprelu_sparsity_loss_mode": "tanh_quad"}),
+    ("standard", {"pre_act_loss_coefficient": 0.3, "pre_act_on": "all"}),
+    ("batchtopk", {"pre_act_loss_coefficient": 0.3, "pre_act_on": "all"}),
+    ("topk", {"pre_act_loss_coefficient": 0.3}),
     ("topk", {}),
     ("topk", {"rescale_acts_by_decoder_norm": False}),
     ("topk", {"apply_b_dec_to_input": False}),
@@ -64,7 +67,9 @@ def losses_and_gradients(sae: SAE, dead_share: float) -> dict[str, Tensor]:
 def test_both_paths_agree(name: str, fields: dict[str, Any], dead_share: float, dtype: str, tolerance: float) -> None:
     sae = make_sae(name, dtype=dtype, aux_coefficient=0.5, aux_k=4, **fields)
     sae.sparse_below = 1.0
-    expected = losses_and_gradients(densely(copy.deepcopy(sae)), dead_share)
+    dense = densely(copy.deepcopy(sae))
+    dense.sparse_below = 0.0
+    expected = losses_and_gradients(dense, dead_share)
     found = losses_and_gradients(sae, dead_share)
     assert found.keys() == expected.keys()
     for key, value in expected.items():

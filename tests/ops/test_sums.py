@@ -164,3 +164,16 @@ def test_a_layout_knows_the_bag_of_each_entry() -> None:
     layout = Layout(torch.tensor([3, 1, 2]), torch.tensor([0, 0, 2, 3, 3]), 4)
     assert layout.bag.tolist() == [1, 1, 2]
     assert layout.n_bags == 4
+
+
+def test_decoding_can_be_differentiated_twice() -> None:
+    """Second derivatives of a product of values and rows, as autograd finds them for dense codes."""
+    mask, new = draw(0)(ROWS, LATENTS) > 1, draw(9)
+    values, W = new(ROWS, LATENTS).requires_grad_(), new(LATENTS, WIDTH).requires_grad_()
+
+    def second(output: Tensor) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(output.pow(3).sum(), (values, W), create_graph=True)
+        return torch.autograd.grad(torch.stack([part.square().sum() for part in first]).sum(), (values, W))
+
+    for found, expected in zip(second(codes_of(values, mask).decode(W)), second((values * mask) @ W), strict=True):
+        close(found, expected, torch.float64)

@@ -60,3 +60,24 @@ def test_gradients_in_another_order_of_memory_move_the_right_weights() -> None:
     assert sae.W_enc.grad.stride() != sae.W_enc.stride()
     OptimConfig(lr=0.01).build(sae).step()
     torch.testing.assert_close(sae.W_enc.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_moments_from_a_file_are_laid_out_anew() -> None:
+    """A file holds tensors in the order of their shape; what they move must not depend on it."""
+    sae = make_sae("topk")
+    reference = copy.deepcopy(sae)
+    trained = SAEInTraining(run_config(optim={"lr": 1e-2}), "sae", sae)
+    trained.step(batch(sae, BATCH), 0, 1.0)
+    resumed_sae = copy.deepcopy(sae)
+    resumed = SAEInTraining(run_config(optim={"lr": 1e-2}), "sae", resumed_sae)
+    state = copy.deepcopy(trained.optimizer.state_dict())
+    for moments in state["state"].values():
+        for key, value in moments.items():
+            moments[key] = value.contiguous()
+    resumed.optimizer.load_state_dict(state)
+    for step in range(1, 4):
+        for part in (trained, resumed):
+            part.step(batch(sae, BATCH, seed=step), step * BATCH, 1.0)
+    assert not torch.equal(sae.W_enc, reference.W_enc)
+    for key, parameter in sae.named_parameters():
+        assert torch.equal(resumed_sae.get_parameter(key), parameter), key

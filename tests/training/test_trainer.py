@@ -172,7 +172,7 @@ def test_a_step_that_logs_nothing_does_not_wait_for_the_device(name: str, sparse
         for step, x in enumerate(data[1:], start=1):
             part.step(Batch(x, x), step * BATCH, 0.5)
     counts = sparse_below is None and not hasattr(sae.cfg, "k")
-    assert waits.found == ["aten.nonzero.default"] * (len(data) - 1) * counts
+    assert waits.found == ["aten._local_scalar_dense.default"] * (len(data) - 1) * counts
 
 
 def test_what_the_evaluation_finds_reaches_the_callbacks(tmp_path: Path) -> None:
