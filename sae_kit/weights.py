@@ -232,7 +232,7 @@ class SAEWeights(nn.Module):
         """
         geometry, rows = self.geometry, len(x)
         with torch.no_grad():
-            bias = self._centred(bias)
+            bias = self._centred(bias).detach()
         limit = self.max_pre_bytes or SLICE_BYTES.get(x.device.type, 2**30)
         groups = max(limit // (max(rows, 1) * multiple * x.element_size()), 1)
         width = math.ceil(self.d_sae / multiple / math.ceil(self.d_sae / multiple / groups)) * multiple
