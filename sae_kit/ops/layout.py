@@ -18,7 +18,7 @@ class Layout:
     """The latent of every entry [entries] and the bags that the entries lie in: bag b ends at offsets[b + 1].
 
     Everything else is found when it is first asked for and then kept: all codes that differ in their values alone share
-    one layout, so that a training step sorts its entries once. (Not by `cached_property`, whose lock torch.compile
+    one layout, and its sorted order serves all their gradients. (Not by `cached_property`, whose lock torch.compile
     cannot follow.)
     """
 

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sae_kit.ops.layout import Groups, Layout, grouped
+
+HAS_TRITON = find_spec("triton") is not None  # asked once: torch.compile cannot follow a search for modules
 
 
 def gather_sum(
@@ -27,12 +28,12 @@ def gather_sum(
     rows: Float[Tensor, "n d"],
 ) -> Float[Tensor, "bags d"]:
     """Σ over the entries e of each bag of values[e] · rows[indices[e]]; an empty bag gives 0."""
-    values = values.to(rows.dtype)
     if _has_kernels(rows):
         from sae_kit.ops import triton_sums
 
         return triton_sums.gather_sum(values, indices, offsets, rows)
-    return F.embedding_bag(indices, rows, offsets, mode="sum", per_sample_weights=values, include_last_offset=True)
+    weights = values.to(rows.dtype)  # the kernels take any
+    return F.embedding_bag(indices, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
 def gather_dot(
@@ -42,14 +43,13 @@ def gather_dot(
     rows: Float[Tensor, "n d"],
 ) -> Float[Tensor, " entries"]:
     """⟨left[bag of e], rows[indices[e]]⟩ of every entry e."""
-    left = left.to(rows.dtype)
     if _has_kernels(rows):
         from sae_kit.ops import triton_sums
 
         return triton_sums.gather_dot(left, indices, offsets, rows)
     nothing = indices.new_empty(0)  # torch then finds the bag of each entry itself
     backward = torch.ops.aten._embedding_bag_per_sample_weights_backward
-    return backward(left, rows, indices, offsets[:-1], nothing, 0, -1)
+    return backward(left.to(rows.dtype), rows, indices, offsets[:-1], nothing, 0, -1)
 
 
 def decode(values: Float[Tensor, " entries"], W: Float[Tensor, "latents d"], layout: Layout) -> Float[Tensor, "bags d"]:
@@ -82,7 +82,7 @@ def encode(
 
 def _has_kernels(rows: Tensor) -> bool:
     """Whether Triton's kernels take these rows."""
-    return rows.is_cuda and find_spec("triton") is not None
+    return rows.is_cuda and HAS_TRITON
 
 
 class _Reads(NamedTuple):
@@ -137,8 +137,12 @@ class _Encode(torch.autograd.Function):
         return picked.clone()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # without a graph of its own a second derivative would be 0, silently
+            raise RuntimeError(
+                "the sparse encoder of training is differentiated once, found create_graph=True; sae(u) has second "
+                "derivatives"
+            )
         x, W, bias, b_dec, indices, order, offsets, sources, x_order, x_offsets, latents = ctx.saved_tensors
         grad = grads[0]
         to_x = to_W = to_b_dec = None

@@ -177,3 +177,13 @@ def test_decoding_can_be_differentiated_twice() -> None:
 
     for found, expected in zip(second(codes_of(values, mask).decode(W)), second((values * mask) @ W), strict=True):
         close(found, expected, torch.float64)
+
+
+def test_the_encoder_of_training_refuses_a_second_derivative() -> None:
+    """Instead of giving 0."""
+    new, mask = draw(10), draw(0)(ROWS, LATENTS) > 1
+    x, W = new(ROWS, WIDTH), new(LATENTS, WIDTH).requires_grad_()
+    picked = codes_of((x @ W.T).detach(), mask)
+    h = encode(picked.values, x, W, W.new_zeros(LATENTS), None, picked.layout, picked.layout.bag)
+    with pytest.raises(RuntimeError, match="differentiated once, found create_graph=True"):
+        torch.autograd.grad(h.square().sum(), W, create_graph=True)
