@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sae_kit.data.batch import TokenBatch
 from sae_kit.data.buffer import BufferConfig, MixingBuffer
 from sae_kit.data.capture import BoundSite, ModelConfig, Spelling, capture, device_of, load_model, max_context, resolve
 from sae_kit.data.tokens import DataConfig, TokenStream, excluded_ids
@@ -30,7 +31,7 @@ class TokenRows(Protocol):
 
     context_size: int
 
-    def take(self, number: int) -> Int[Tensor, "rows context"]: ...
+    def take(self, number: int) -> TokenBatch: ...
 
 
 class Harvest(Iterator[dict[str, Tensor]]):
@@ -56,7 +57,8 @@ class Harvest(Iterator[dict[str, Tensor]]):
         self._excluded = torch.tensor(sorted(excluded), dtype=torch.int64)
 
     def __next__(self) -> dict[str, Tensor]:
-        while len(ids := self._tokens.take(self._rows)):
+        while len(batch := self._tokens.take(self._rows)):
+            ids = batch.ids
             values = capture(self._model, self._sites, ids.to(self._device))
             # The ids are still on the CPU, so this costs the device no wait.
             kept = torch.isin(ids.flatten(), self._excluded, invert=True).nonzero().squeeze(1)

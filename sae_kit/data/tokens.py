@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from sae_kit.data.batch import TokenBatch
 from sae_kit.data.holdout import default_share, is_held_out
 from sae_kit.data.packing import Packer
 from sae_kit.data.sources import Source, as_documents, open_source
@@ -284,10 +285,10 @@ class TokenStream(Iterator[list[int]]):
             return row
         raise StopIteration
 
-    def take(self, number: int) -> Int[Tensor, "rows context"]:
+    def take(self, number: int) -> TokenBatch:
         """The next `number` rows; fewer at the end of the stream, and then none."""
         rows = [row for _, row in zip(range(number), self, strict=False)]
-        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.context_size)
+        return TokenBatch(torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.context_size))
 
 
 def held_out_rows(
@@ -303,7 +304,7 @@ def held_out_rows(
     stream = TokenStream.from_config(
         cfg, tokenizer, context_size=context_size, documents=documents, held_out=True, seed=seed
     )
-    rows = stream.take(number)
+    rows = stream.take(number).ids
     if len(rows) < number:
         log.warning("the held-out text gives %d of %d rows asked for; raise data.holdout for more", len(rows), number)
     return rows

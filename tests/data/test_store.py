@@ -31,7 +31,7 @@ def make(model: nn.Module, tokenizer: Any, documents: Any, data: DataConfig = DA
 
 def reference(model: nn.Module, tokenizer: Any, documents: Any, site: str = SITES[0]) -> Tensor:
     """All rows of all positions but those of special ids, in order."""
-    ids = TokenStream.from_config(DATA, tokenizer, documents=documents).take(10_000)
+    ids = TokenStream.from_config(DATA, tokenizer, documents=documents).take(10_000).ids
     return capture(model, [site], ids)[site][ids > 2]
 
 
@@ -131,7 +131,8 @@ def test_exclusion_by_ids_or_not_at_all(llama: nn.Module, tokenizer: Any) -> Non
         data = DataConfig(context_size=CONTEXT, holdout=0.0, exclude=exclude)
         store = make(llama, tokenizer, iter(texts(20)), data)
         store.fill()
-        ids = TokenStream.from_config(data, tokenizer, documents=texts(20)).take(store.counters["lm_tokens"] // CONTEXT)
+        stream = TokenStream.from_config(data, tokenizer, documents=texts(20))
+        ids = stream.take(store.counters["lm_tokens"] // CONTEXT).ids
         expected = int(((ids == 0) | (ids == 5)).sum()) if dropped is None else dropped
         assert store.counters["dropped_special"] == expected
 

@@ -33,36 +33,36 @@ def stream(tokenizer: Any, documents: Any, **options: Any) -> TokenStream:
 
 
 def test_rows_are_the_documents_between_bos(tokenizer: Any) -> None:
-    rows = stream(tokenizer, iter([words(1, 2, 3), words(4, 5, 6, 7, 8)])).take(9)
+    rows = stream(tokenizer, iter([words(1, 2, 3), words(4, 5, 6, 7, 8)])).take(9).ids
     assert rows.tolist() == [[0, 4, 5, 6, 0, 7, 8, 9]]
     assert rows.dtype == torch.int64
 
 
 def test_marks_come_from_the_tokenizer_or_are_ids(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     documents = [words(1, 2, 3), words(4, 5, 6, 7, 8, 9, 10)]
-    rows = stream(tokenizer, iter(documents), row_start=None, separator="eos", doc_start=9).take(9)
+    rows = stream(tokenizer, iter(documents), row_start=None, separator="eos", doc_start=9).take(9).ids
     assert rows.tolist() == [[9, 4, 5, 6, 1, 9, 7, 8]]
-    rows = stream(tokenizer, iter(documents), row_start="sep", separator=None).take(9)
+    rows = stream(tokenizer, iter(documents), row_start="sep", separator=None).take(9).ids
     assert rows.tolist() == [[4, 5, 6, 7, 8, 9, 10, 11]]
     assert "the tokenizer has no SEP token: data.row_start is off" in caplog.text
 
 
 def test_rows_do_not_depend_on_how_many_documents_are_tokenised_at_a_time(tokenizer: Any) -> None:
     documents = texts(50)
-    one, many = (stream(tokenizer, documents, tokenize_batch=n).take(40) for n in (1, 1000))
+    one, many = (stream(tokenizer, documents, tokenize_batch=n).take(40).ids for n in (1, 1000))
     assert torch.equal(one, many)
 
 
 def test_take_gives_less_at_the_end_and_then_nothing(tokenizer: Any) -> None:
     rows = stream(tokenizer, iter(texts(3, length=7)))
-    assert rows.take(2).shape == (2, CONTEXT)
-    assert rows.take(5).shape == (1, CONTEXT)
-    assert rows.take(5).shape == (0, CONTEXT)
+    assert rows.take(2).ids.shape == (2, CONTEXT)
+    assert rows.take(5).ids.shape == (1, CONTEXT)
+    assert rows.take(5).ids.shape == (0, CONTEXT)
 
 
 def test_passes_go_on_without_end_and_are_announced(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    rows = stream(tokenizer, texts(4, length=7), separator=None).take(12)
+    rows = stream(tokenizer, texts(4, length=7), separator=None).take(12).ids
     assert torch.equal(rows[:4], rows[4:8])
     assert [r.message for r in caplog.records] == [
         "the documents: pass 2 over its 4 documents begins",
@@ -72,7 +72,7 @@ def test_passes_go_on_without_end_and_are_announced(tokenizer: Any, caplog: pyte
 
 def test_shuffling_is_seeded_and_differs_from_pass_to_pass(tokenizer: Any) -> None:
     def passes(seed: int) -> tuple[list[list[int]], ...]:
-        rows = stream(tokenizer, texts(30, length=7), shuffle=True, seed=seed).take(60).tolist()
+        rows = stream(tokenizer, texts(30, length=7), shuffle=True, seed=seed).take(60).ids.tolist()
         return rows[:30], rows[30:]
 
     first, second = passes(0)
@@ -109,7 +109,7 @@ def test_shares_of_sources_hold_to_one_row(tokenizer: Any, tmp_path: Path) -> No
         (tmp_path / f"{i}.txt").write_text(words(*[i] * 40))
         sources.append(Source(path=str(tmp_path / f"{i}.txt"), weight=weight))
     cfg = DataConfig(sources=tuple(sources), context_size=CONTEXT, holdout=0.0, row_start=None, separator=None)
-    rows = TokenStream.from_config(cfg, tokenizer).take(70)
+    rows = TokenStream.from_config(cfg, tokenizer).take(70).ids
     for j in range(1, 71):
         counts = [(rows[:j, 0] == 3 + i).sum().item() for i in range(3)]
         assert all(abs(count - j * share) <= 1 for count, share in zip(counts, (1 / 7, 4 / 7, 2 / 7), strict=True))
@@ -120,7 +120,7 @@ def test_a_source_that_ends_leaves_its_share_to_the_rest(tokenizer: Any, tmp_pat
         (tmp_path / f"{name}.txt").write_text(words(*[ord(name) - 97] * 40))
     sources = (Source(path=str(tmp_path / "a.txt"), epochs=1), Source(path=str(tmp_path / "b.txt"), epochs=3))
     cfg = DataConfig(sources=sources, context_size=CONTEXT, holdout=0.0, row_start=None, separator=None)
-    rows = TokenStream.from_config(cfg, tokenizer).take(100)
+    rows = TokenStream.from_config(cfg, tokenizer).take(100).ids
     assert rows[:, 0].tolist() == [3, 4] * 5 + [4] * 10
 
 
@@ -130,7 +130,7 @@ def test_shares_are_exact_again_after_a_source_has_ended(tokenizer: Any, tmp_pat
         (tmp_path / f"{i}.txt").write_text(words(*[i] * 400))
         sources.append(Source(path=str(tmp_path / f"{i}.txt"), weight=weight, epochs=epochs))
     cfg = DataConfig(sources=tuple(sources), context_size=CONTEXT, holdout=0.0, row_start=None, separator=None)
-    rows = TokenStream.from_config(cfg, tokenizer).take(150)[:, 0]
+    rows = TokenStream.from_config(cfg, tokenizer).take(150).ids[:, 0]
     ended = int((rows == 3).nonzero().max()) + 1
     assert int((rows == 3).sum()) == 50
     rest = rows[ended:]
@@ -165,12 +165,12 @@ def dataset(documents: list[str], column: str = "text") -> Any:
 
 def test_a_dataset_object_is_read_as_its_column_of_text(tokenizer: Any) -> None:
     documents = texts(30)
-    expected = stream(tokenizer, iter(documents)).take(1000)
+    expected = stream(tokenizer, iter(documents)).take(1000).ids
     for given in (dataset(documents), dataset(documents, "content").to_iterable_dataset()):
         rows = stream(tokenizer, given)
-        assert torch.equal(rows.take(len(expected)), expected)
-        assert len(rows.take(100)) == 100, "further passes"
-    shuffled, same = (stream(tokenizer, dataset(documents), shuffle=True, seed=0).take(20) for _ in range(2))
+        assert torch.equal(rows.take(len(expected)).ids, expected)
+        assert len(rows.take(100).ids) == 100, "further passes"
+    shuffled, same = (stream(tokenizer, dataset(documents), shuffle=True, seed=0).take(20).ids for _ in range(2))
     assert torch.equal(shuffled, same)
     assert not torch.equal(shuffled, expected[:20])
     with pytest.raises(DataError, match="expected one column 'text' or 'content', found columns 'story', 'n'"):
@@ -329,7 +329,7 @@ def test_a_split_without_documents_says_what_would_help(tokenizer: Any) -> None:
         )
     everything = [text for text in texts(9) if is_held_out(text, 0.5)]
     with pytest.raises(DataError, match=r"none is left to train on .* data\.holdout=0 and eval\.at_end=false"):
-        stream(tokenizer, everything, holdout=0.5).take(1)
+        stream(tokenizer, everything, holdout=0.5).take(1).ids
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_ids_outside_the_vocabulary_are_refused_before_any_text_is_opened(
     fields: dict[str, Any] = {mark: number, "sources": (Source(path="nobody/nothing"),)}
     with pytest.raises(ConfigError, match=rf"data\.{mark}: expected an id from 0 to 63, found {number}"):
         TokenStream.from_config(DataConfig(context_size=8, **fields), tokenizer)
-    assert stream(tokenizer, ["w1 w2"], context_size=2, **{mark: 63}).take(1).shape == (1, 2)
+    assert stream(tokenizer, ["w1 w2"], context_size=2, **{mark: 63}).take(1).ids.shape == (1, 2)
 
 
 @pytest.mark.parametrize(
