@@ -329,7 +329,7 @@ def test_a_split_without_documents_says_what_would_help(tokenizer: Any) -> None:
         )
     everything = [text for text in texts(9) if is_held_out(text, 0.5)]
     with pytest.raises(DataError, match=r"none is left to train on .* data\.holdout=0 and eval\.at_end=false"):
-        stream(tokenizer, everything, holdout=0.5).take(1).ids
+        stream(tokenizer, everything, holdout=0.5).take(1)
 
 
 @pytest.mark.parametrize(
