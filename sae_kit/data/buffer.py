@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_kit.data.batch import State
 from sae_kit.errors import ConfigError, ShapeError
 
 Rows = Mapping[str, Float[Tensor, "rows _"]]
@@ -34,12 +35,22 @@ class BufferConfig:
     """precision of the stored activations; auto = the model's; bfloat16 takes half the memory of float32"""
     mix: Literal["stream", "none"] = "stream"
     """none: activations in the order of the text, for tests and debugging"""
+    device: str = "auto"
+    """where they are stored; auto = with the model, or in pinned host memory if it would take over 30% of a GPU"""
     drop_last: bool = True
     """leave out a last batch that is not full; otherwise it is trained on as it is"""
+    norm_filter: float | None = 10.0
+    """rows whose norm is above this multiple of the site's median are dropped (attention sinks); None = off"""
     norm_estimate_tokens: int = 1_000_000
     """activations, the first of the run, from which normalisation is estimated; at most as many as the buffer holds"""
+    prefetch: int | Literal["auto"] = "auto"
+    """batches made ready ahead by a thread of its own; 0 = none; auto = 2 if the model is on a GPU, else 0"""
 
     def __post_init__(self) -> None:
+        if self.prefetch != "auto" and self.prefetch < 0:
+            raise ConfigError(f"prefetch: expected 0 or more batches, found {self.prefetch}")
+        if self.norm_filter is not None and not self.norm_filter > 1:
+            raise ConfigError(f"norm_filter: expected a multiple above 1, or null for none, found {self.norm_filter}")
         for name in ("tokens", "norm_estimate_tokens"):
             value = getattr(self, name)
             if value != "auto" and value < 1:
@@ -83,30 +94,43 @@ class MixingBuffer:
         dtype: torch.dtype | Mapping[str, torch.dtype],
         generator: torch.Generator,
         device: torch.device | str = "cpu",
+        pinned: bool = False,
         shuffle: bool = True,
     ) -> None:
         dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(widths, dtype)
         self.capacity = capacity
         self.count = 0
         """occupied slots"""
+        self._pinned = pinned
         self._rows = {
-            site: torch.empty(capacity, width, dtype=dtypes[site], device=device) for site, width in widths.items()
+            site: torch.empty(capacity, width, dtype=dtypes[site], device=device, pin_memory=pinned)
+            for site, width in widths.items()
         }
         # The numbers of all slots, first the occupied ones, then the free ones. In numpy: the draw is the same on
         # every device and waits for none, and so small an operation is not worth torch's threads.
         self._slots = np.arange(capacity, dtype=np.int32)
         self._scratch = np.empty(capacity, dtype=np.int32)
+        self._contexts = np.zeros(capacity, dtype=np.int32)
         self._generator = generator
         self._shuffle = shuffle
         self._untouched = True
+        self._taken = self._alike = 0
 
     @property
     def free(self) -> int:
         """Slots that `put` may still fill."""
         return self.capacity - self.count
 
-    def put(self, rows: Rows) -> None:
-        """Copy rows into free slots.
+    @property
+    def clumping(self) -> float:
+        """How much rows of one context inflate the variance of a batch's mean: 1 when no two share a batch.
+
+        The number of rows of the batch, itself included, that come from a row's context; its mean over all rows taken.
+        """
+        return self._alike / max(self._taken, 1)
+
+    def put(self, rows: Rows, contexts: Int[np.ndarray, " rows"] | None = None) -> None:
+        """Copy rows into free slots; `contexts` number the contexts that they come from, which `clumping` counts.
 
         Raises:
             ShapeError: more rows than `free`, other sites, or a site of another width or number of rows.
@@ -116,11 +140,13 @@ class MixingBuffer:
         number = len(next(iter(rows.values())))
         if number > self.free:
             raise ShapeError(f"{number} rows do not fit: {self.free} of {self.capacity} slots are free")
-        slots = torch.from_numpy(self._slots[self.count : self.count + number].astype(np.int64))
+        places = self._slots[self.count : self.count + number]
+        slots = torch.from_numpy(places.astype(np.int64))
         for site, stored in self._rows.items():
             if rows[site].shape != (number, stored.shape[1]):
                 raise ShapeError(f"expected {(number, stored.shape[1])} at {site!r}, found {tuple(rows[site].shape)}")
             stored.index_copy_(0, slots.to(stored.device), rows[site].to(stored))
+        self._contexts[places] = places if contexts is None else contexts  # slots: no two alike
         self.count += number
 
     def take(self, number: int) -> dict[str, Float[Tensor, "rows _"]]:
@@ -128,8 +154,11 @@ class MixingBuffer:
         if not 0 < number <= self.count:
             raise ShapeError(f"expected to take 1 to {self.count} rows, found {number}")
         self._untouched = False
-        slots = torch.from_numpy(self._draw(number).astype(np.int64))
-        return {site: stored.index_select(0, slots.to(stored.device)) for site, stored in self._rows.items()}
+        drawn = self._draw(number)
+        _, together = np.unique(self._contexts[drawn], return_counts=True)
+        self._taken, self._alike = self._taken + number, self._alike + int((together.astype(np.int64) ** 2).sum())
+        slots = torch.from_numpy(drawn.astype(np.int64))
+        return {site: self._gather(stored, slots) for site, stored in self._rows.items()}
 
     def peek(self, number: int) -> dict[str, Float[Tensor, "rows _"]]:
         """The first `number` rows that were put (fewer if there are fewer), as views that hold until the next `take`.
@@ -140,6 +169,43 @@ class MixingBuffer:
         if not self._untouched:
             raise RuntimeError("peek shows the first rows: call it before the first batch is taken")
         return {site: stored[: min(number, self.count)] for site, stored in self._rows.items()}
+
+    def state_dict(self) -> State:
+        """Rows and slot numbers as they lie in memory, not copied; and the generator."""
+        return {
+            "rows": dict(self._rows),
+            "slots": torch.from_numpy(self._slots),
+            "contexts": torch.from_numpy(self._contexts),
+            "count": self.count,
+            "generator": self._generator.get_state(),
+            "untouched": self._untouched,
+            "clumping": [self._taken, self._alike],
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Take over the rows of a buffer of the same capacity, sites and precision.
+
+        Raises:
+            ConfigError: it was another one.
+        """
+        found = {site: (tuple(rows.shape), rows.dtype) for site, rows in state["rows"].items()}
+        expected = {site: (tuple(rows.shape), rows.dtype) for site, rows in self._rows.items()}
+        if found != expected:
+            raise ConfigError(
+                f"the saved buffer holds {found}, this one {expected}: use the settings it was saved with"
+            )
+        for site, rows in state["rows"].items():
+            self._rows[site].copy_(rows)
+        self._slots[:], self._contexts[:] = state["slots"].numpy(), state["contexts"].numpy()
+        self._generator.set_state(state["generator"])
+        self.count, self._untouched = state["count"], state["untouched"]
+        self._taken, self._alike = state["clumping"]
+
+    def _gather(self, stored: Tensor, slots: Int[Tensor, " rows"]) -> Tensor:
+        if not self._pinned:
+            return stored.index_select(0, slots.to(stored.device))
+        batch = torch.empty(len(slots), stored.shape[1], dtype=stored.dtype, pin_memory=True)
+        return torch.index_select(stored, 0, slots, out=batch)
 
     def _draw(self, number: int) -> Int[np.ndarray, " number"]:
         if not self._shuffle:

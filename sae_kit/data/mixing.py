@@ -1,0 +1,213 @@
+"""Activations in the order of the text -> batches of unrelated ones."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_kit.data.batch import Harvested, Resumable, State
+from sae_kit.data.buffer import BufferConfig, MixingBuffer
+from sae_kit.errors import ConfigError, DataError
+from sae_kit.seeding import generator
+
+log = logging.getLogger(__name__)
+
+DEVICE_SHARE = 0.3
+"""Share of a GPU's memory that a buffer may take before it goes to the host."""
+CLUMPED = 16
+"""Clumping that is worth a warning: the mean of a batch is as noisy as that of one 16 times smaller."""
+
+
+class Activations(Resumable, Protocol):
+    """What is mixed: activations in their natural order."""
+
+    def __next__(self) -> Harvested: ...
+
+    @property
+    def counters(self) -> Mapping[str, int | float]: ...
+
+    @property
+    def provenance(self) -> Mapping[str, Any]: ...
+
+
+class Mixing(Iterator[dict[str, Tensor]]):
+    """Batches from a mixing buffer: site -> [batch_tokens, width].
+
+    The buffer is filled before the first batch, kept full while there is data, and drained at its end. With
+    `train_tokens` exactly `train_tokens // batch_tokens` batches are given, and no more is read than they need.
+    """
+
+    def __init__(
+        self,
+        source: Activations,
+        cfg: BufferConfig,
+        *,
+        batch_tokens: int,
+        train_tokens: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.source, self.cfg, self.batch_tokens = source, cfg, batch_tokens
+        self.capacity = cfg.capacity(batch_tokens, train_tokens)
+        self._wanted = None if train_tokens is None else train_tokens // batch_tokens * batch_tokens
+        self._generator = generator(seed, "buffer")
+        self._buffer: MixingBuffer | None = None
+        self._pending: dict[str, Tensor] = {}
+        self._pending_contexts: Int[np.ndarray, " rows"] = np.empty(0, dtype=np.int32)
+        self._contexts = self._entered = self._dropped_last = 0
+        self._ended = False
+
+    def __next__(self) -> dict[str, Float[Tensor, "batch _"]]:
+        self.fill()
+        count = 0 if self._buffer is None else self._buffer.count
+        if self._buffer is None or count == 0 or (count < self.batch_tokens and self.cfg.drop_last):
+            self._dropped_last, self._buffer = self._dropped_last + count, None
+            raise StopIteration
+        return self._buffer.take(min(self.batch_tokens, count))
+
+    def fill(self) -> None:
+        """Read until the buffer is full or the data ends.
+
+        Raises:
+            DataError: data that do not give one batch.
+        """
+        while not self._ended and (self._buffer is None or self._buffer.free):
+            if not self._pending and not self._read():
+                return
+            buffer = self._buffer = self._buffer or self._allocate(self._pending)
+            room = buffer.free if self._wanted is None else min(buffer.free, self._wanted - self._entered)
+            buffer.put({site: rows[:room] for site, rows in self._pending.items()}, self._pending_contexts[:room])
+            waiting = len(self._pending_contexts)
+            self._entered += min(room, waiting)
+            self._pending_contexts = self._pending_contexts[room:]
+            self._pending = {site: rows[room:] for site, rows in self._pending.items()} if waiting > room else {}
+            if self._entered == self._wanted:
+                self._ended, self._pending = True, {}
+
+    def peek(self, number: int) -> dict[str, Float[Tensor, "rows _"]]:
+        """The first `number` activations, or as many as the buffer holds; nothing is removed.
+
+        They are views that hold until the first batch; after it there is no peeking (RuntimeError).
+        """
+        self.fill()
+        return {} if self._buffer is None else self._buffer.peek(number)
+
+    @property
+    def counters(self) -> dict[str, int | float]:
+        """Those of the source; rows of the last, incomplete batch; and the clumping of the batches given."""
+        buffer = {} if self._buffer is None else {"clumping": self._buffer.clumping}
+        return {**self.source.counters, "dropped_last": self._dropped_last, **buffer}
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return dict(self.source.provenance)
+
+    def state_dict(self) -> State:
+        return {
+            "source": self.source.state_dict(),
+            "buffer": None if self._buffer is None else self._buffer.state_dict(),
+            "pending": dict(self._pending),
+            "pending_contexts": torch.from_numpy(self._pending_contexts.copy()),
+            "numbers": [self._contexts, self._entered, self._dropped_last],
+            "ended": self._ended,
+            "settings": self._settings,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            ConfigError: it belongs to another batch size, capacity, length or order.
+        """
+        for name, value in self._settings.items():
+            if state["settings"][name] != value:
+                raise ConfigError(
+                    f"{name}: the saved stream has {state['settings'][name]}, this one {value}; use the same"
+                )
+        self.source.load_state_dict(state["source"])
+        self._pending = {site: rows.clone() for site, rows in state["pending"].items()}
+        self._pending_contexts = state["pending_contexts"].numpy().copy()
+        self._contexts, self._entered, self._dropped_last = state["numbers"]
+        self._ended, self._buffer = state["ended"], None
+        if state["buffer"] is not None:
+            self._buffer = self._allocate(state["buffer"]["rows"])
+            self._buffer.load_state_dict(state["buffer"])
+
+    def close(self) -> None:
+        """Give back the buffer's memory and close the source; this is then at its end."""
+        self._buffer, self._pending, self._ended = None, {}, True
+        self.source.close()
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "batch_tokens": self.batch_tokens,
+            "buffer.tokens": self.capacity,
+            "buffer.mix": self.cfg.mix,
+            "train.tokens": self._wanted,
+        }
+
+    def _read(self) -> bool:
+        """One more item of the source into `_pending`; False at the end."""
+        harvested = next(self.source, None)
+        if harvested is not None:
+            context = harvested.tokens.ids.shape[1]
+            self._pending = dict(harvested.rows)
+            self._pending_contexts = ((harvested.kept // context) + self._contexts).to(torch.int32).numpy()
+            self._contexts += len(harvested.tokens)
+            if self._buffer is None:
+                self._warn_of_clumping(context)
+            return True
+        self._ended = True
+        if self._entered == 0 or (self._entered < self.batch_tokens and self.cfg.drop_last):
+            raise DataError(
+                f"the text gives {self._entered:,} activations, fewer than one batch of {self.batch_tokens:,}"
+            )
+        if self._wanted is not None:
+            log.warning("the text ends after %d of %d activations", self._entered, self._wanted)
+        return False
+
+    def _warn_of_clumping(self, context: int) -> None:
+        if self.cfg.mix == "none":
+            return
+        expected = 1 + (context - 1) * self.batch_tokens / (2 * self.capacity - self.batch_tokens)
+        if expected > CLUMPED:
+            enough = -(-self.batch_tokens * ((context - 1) + (CLUMPED - 1)) // (2 * (CLUMPED - 1)))
+            log.warning(
+                "with a buffer of %d tokens, a batch of %d has about %.0f from each of its contexts: its gradient is as noisy "
+                "as that of a batch %.0f times smaller; buffer.tokens=%d is enough for %d",
+                self.capacity,
+                self.batch_tokens,
+                expected,
+                expected,
+                enough,
+                CLUMPED,
+            )
+
+    def _allocate(self, rows: Mapping[str, Tensor]) -> MixingBuffer:
+        asked = None if self.cfg.dtype == "auto" else getattr(torch, self.cfg.dtype)
+        dtypes = {site: asked or value.dtype for site, value in rows.items()}
+        size = sum(self.capacity * value.shape[1] * dtypes[site].itemsize for site, value in rows.items())
+        source = next(iter(rows.values())).device
+        device = _where(self.cfg.device, source, size)
+        return MixingBuffer(
+            self.capacity,
+            {site: value.shape[1] for site, value in rows.items()},
+            dtype=dtypes,
+            generator=self._generator,
+            device=device,
+            pinned=device.type == "cpu" and source.type == "cuda",
+            shuffle=self.cfg.mix == "stream",
+        )
+
+
+def _where(asked: str, source: torch.device, size: int) -> torch.device:
+    """Where a buffer of `size` bytes lies whose rows are made on `source`."""
+    if asked != "auto":
+        return torch.device(asked)
+    if source.type == "cuda" and size > DEVICE_SHARE * torch.cuda.get_device_properties(source).total_memory:
+        return torch.device("cpu")
+    return source
