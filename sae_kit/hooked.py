@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from sae_kit.data.capture import model_path
+from sae_kit.data.models import model_path
 from sae_kit.errors import ConfigError
 from sae_kit.sae import SAE
 from sae_kit.splicing import Attachment, SAEs, attach, attached, detach_at, spliced_sites

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from sae_kit.data.capture import IO, BoundSite, Handle, Spelling, resolve
+from sae_kit.data.sites import IO, BoundSite, Handle, Spelling, resolve
 from sae_kit.errors import ConfigError, HookNotFoundError, ShapeError, SiteDidNotFireError, did_you_mean
 from sae_kit.hooks import HookPoint
 from sae_kit.sae import SAE

@@ -125,8 +125,8 @@ SIDE_DOORS = {
 """single imports against the arrows; not passed on to other rooms"""
 
 HOMES = {
-    "transformer_lens": ("data/capture.py", "hooked.py", "demo/"),
-    "transformers": ("data/capture.py", "data/tokens.py", "hooked.py", "demo/"),
+    "transformer_lens": ("data/models.py", "hooked.py", "demo/"),
+    "transformers": ("data/models.py", "data/tokens.py", "hooked.py", "demo/"),
     "datasets": ("data/sources.py",),
     "wandb": ("training/callbacks",),
     "huggingface_hub": ("hub.py", "pretrained/"),

@@ -407,7 +407,7 @@ def test_an_input_can_be_spliced_and_a_pair_names_it() -> None:
 
 
 def test_the_recorded_module_path_is_used_where_names_are_unknown() -> None:
-    sae = make_sae("topk", metadata=SAEMetadata(hook_name=SITE, hf_hook_name="model.layers.1"))
+    sae = make_sae("topk", metadata=SAEMetadata(hook_name=CANONICAL, hf_hook_name="model.layers.1"))
     with attached(plain("llama"), sae) as spliced:
         assert spliced.sites == ("model.layers.1",)
 

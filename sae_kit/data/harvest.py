@@ -8,8 +8,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from sae_kit.data.batch import Harvested, State, TokenBatch, TokenRows
-from sae_kit.data.capture import BoundSite, capture, device_of
+from sae_kit.data.capture import capture, device_of
 from sae_kit.data.filters import RowFilter
+from sae_kit.data.sites import BoundSite
 from sae_kit.errors import DataError, ShapeError
 
 

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from sae_kit.data.batch import State, TokenRows
 from sae_kit.data.buffer import BufferConfig
-from sae_kit.data.capture import ModelConfig, Spelling, device_of, load_model, max_context, resolve
+from sae_kit.data.capture import device_of, max_context
 from sae_kit.data.filters import PositionSlice, RowFilter
 from sae_kit.data.harvest import Harvest
 from sae_kit.data.mixing import Mixing
+from sae_kit.data.models import ModelConfig, load_model
 from sae_kit.data.prefetch import Prefetch
+from sae_kit.data.sites import Spelling, resolve
 from sae_kit.data.tokens import DataConfig, TokenStream, excluded_ids
 from sae_kit.errors import ConfigError
 

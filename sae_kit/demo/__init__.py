@@ -16,10 +16,10 @@ __all__ = ["MODEL_FOLDER", "Corpus", "corpus", "load_model", "load_tokenizer"]
 
 def load_model(device: str = "auto") -> Any:
     """The demo's language model as a TransformerBridge, in eval mode: 4 layers, d_model 128, context 256."""
-    from sae_kit.data.capture import ModelConfig
-    from sae_kit.data.capture import load_model as load
+    from sae_kit.data.models import ModelConfig
+    from sae_kit.data.models import load_model as load
 
-    return load(ModelConfig(name="demo", device=device))[0]
+    return load(ModelConfig(name="demo", host="bridge", device=device))[0]
 
 
 def load_tokenizer() -> Any:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sae_kit import config as trees
-from sae_kit.data.capture import load_model
+from sae_kit.data.models import load_model
 from sae_kit.data.store import default_context
 from sae_kit.data.tokens import held_out_rows
 from sae_kit.demo.show import activations, choose_latents, describe, render

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sae_kit.data.capture import BoundSite, capture, device_of, max_context, without_cache
+from sae_kit.data.capture import capture, device_of, max_context, without_cache
+from sae_kit.data.sites import BoundSite
 from sae_kit.errors import ConfigError, DataError, SiteDidNotFireError, did_you_mean
 from sae_kit.evals.family import FAMILIES, EvalStep, Family, Metrics
 from sae_kit.evals.fidelity import FidelityStep, Positions

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from sae_kit import config as trees
 from sae_kit.config import Tokens
 from sae_kit.data.buffer import BufferConfig
-from sae_kit.data.capture import ModelConfig
+from sae_kit.data.models import ModelConfig
 from sae_kit.data.tokens import DataConfig
 from sae_kit.errors import ConfigError
 from sae_kit.sae_config import SAEConfig

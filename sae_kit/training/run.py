@@ -21,7 +21,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from sae_kit import config as trees
-from sae_kit.data.capture import load_model, site_width
+from sae_kit.data.capture import site_width
+from sae_kit.data.models import load_model
 from sae_kit.data.store import ActivationsStore, default_context
 from sae_kit.data.tokens import excluded_ids, held_out_rows, special_id
 from sae_kit.devices import pick_device

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sae_kit.data.capture import ModelConfig, capture, load_model, max_context, resolve, site_width
+from sae_kit.data.capture import capture, max_context, site_width
+from sae_kit.data.models import ModelConfig, load_model
+from sae_kit.data.sites import resolve
 from sae_kit.errors import ConfigError, HookNotFoundError, SiteDidNotFireError
 
 # The same place under its TransformerLens name and as a module path.
@@ -97,7 +99,7 @@ def test_resolved_sites_are_accepted_and_named_by_their_spelling(bridge: Any, id
     assert site.names[0] == "blocks.1.hook_in"
     assert "blocks.1.hook_resid_pre" in site.names
     assert list(capture(bridge, [site], ids)) == ["blocks.1.hook_resid_pre"]
-    assert resolve(bridge, ("model.layers.1", "in")).names == ("model.layers.1:in",)
+    assert resolve(bridge, ("model.layers.1", "in")).names == ("model.layers.1:in", "blocks.1.hook_resid_pre")
     assert resolve(bridge, "model.layers.1:out").names[0] == "model.layers.1"
 
 
@@ -162,11 +164,6 @@ def test_a_sleeping_name_wakes(bridge: Any, ids: Tensor) -> None:
     bridge.set_use_hook_mlp_in(True)
     value = capture(bridge, ["blocks.1.hook_mlp_in", "blocks.1.hook_resid_mid"], ids)
     torch.testing.assert_close(value["blocks.1.hook_mlp_in"], value["blocks.1.hook_resid_mid"])
-
-
-def test_transformer_lens_name_on_a_plain_model_says_what_to_do(llama: nn.Module) -> None:
-    with pytest.raises(HookNotFoundError, match="module path, or load it as a TransformerBridge"):
-        resolve(llama, "blocks.1.hook_resid_pre")
 
 
 @pytest.mark.parametrize("name", ["blocks.1.ln2.hook_normalized", "blocks.1.hook_resid_mid"])

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sae_kit.data.buffer import BufferConfig
-from sae_kit.data.capture import ModelConfig, capture
+from sae_kit.data.capture import capture
+from sae_kit.data.models import ModelConfig
 from sae_kit.data.store import ActivationsStore
 from sae_kit.data.tokens import DataConfig, TokenStream
 from sae_kit.errors import ConfigError, DataError, HookNotFoundError, NonFiniteError, ShapeError
