@@ -10,7 +10,6 @@ Three forwards are compared at the eligible positions: clean, ablated, and with 
 | / kl_div_score | (KL_abl − KL_sae) / KL_abl |
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass, fields
 
 import torch
@@ -78,15 +77,21 @@ class Fidelity(Family[FidelityStep]):
 
 
 class Positions:
-    """The eligible positions of some rows, found on the CPU so that the device need not wait for their number."""
+    """The eligible positions of some rows, known on the CPU so that the device need not wait for their number.
+
+    `index` are their places in `rows.flatten()`, ascending.
+    """
 
     def __init__(
-        self, rows: Int[Tensor, "rows context"], excluded_ids: Collection[int], device: torch.device | str = "cpu"
+        self,
+        rows: Int[Tensor, "rows context"],
+        index: Int[Tensor, " eligible"],
+        device: torch.device | str = "cpu",
     ) -> None:
-        rows = rows.cpu()
-        excluded = torch.tensor(sorted(excluded_ids), dtype=rows.dtype)
-        mask = torch.isin(rows, excluded, invert=True)
-        index = mask.flatten().nonzero().squeeze(1)
+        rows, index = rows.cpu(), index.cpu()
+        self._rows, self._device = rows, device
+        mask = torch.zeros(rows.shape, dtype=torch.bool)
+        mask.view(-1)[index] = True
         has_target = torch.ones_like(mask)
         has_target[:, -1] = False
         targets = rows.roll(-1, dims=1).long()  # what it gives for the last position is not used
@@ -95,6 +100,10 @@ class Positions:
         self.index: Int[Tensor, " eligible"] = index.to(device)
         self._targets: Int[Tensor, " eligible"] = targets.flatten()[index].to(device)
         self._has_target: Bool[Tensor, " eligible"] = has_target.flatten()[index].to(device)
+
+    def only(self, which: Int[Tensor, " fewer"]) -> "Positions":
+        """Those of the eligible positions that stand at `which` among them."""
+        return Positions(self._rows, self.index[which.to(self.index.device)], self._device)
 
     def select(self, values: Float[Tensor, "... width"]) -> Float[Tensor, "eligible width"]:
         """The rows of eligible positions, copied."""

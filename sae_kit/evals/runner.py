@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sae_kit.data.batch import TokenBatch
 from sae_kit.data.capture import capture, device_of, max_context, without_cache
+from sae_kit.data.filters import PositionSlice, RowFilter
 from sae_kit.data.sites import BoundSite
 from sae_kit.errors import ConfigError, DataError, SiteDidNotFireError, did_you_mean
 from sae_kit.evals.family import FAMILIES, EvalStep, Family, Metrics
@@ -135,10 +137,13 @@ def evaluate(
     fidelity_tokens: int = 200_000,
     ablation: str = "zero",
     rows_per_forward: int | None = None,
+    seq_slice: PositionSlice | None = None,
+    max_norms: Mapping[str, float] | None = None,
 ) -> EvalReport:
     """Evaluate SAEs, each at the site that its metadata names and as `to_inference()`, on rows of token ids.
 
-    Positions whose id is in `excluded_ids` count in no sum and keep the model's own activation in every forward. Of a
+    Positions whose id is in `excluded_ids`, that are outside `seq_slice`, or whose norm is above that of `max_norms` at
+    some site that is read or written, count in no sum and keep the model's own activation in every forward. Of a
     transcoder everything refers to the site that it writes. An SAE of several sites has its reconstruction for all of
     them together and, in groups of their own, for each; it cannot be spliced in, so it has no fidelity. Fidelity is
     measured on the first `fidelity_tokens` of the rows, against an `ablation` that writes "zero" or the "mean"
@@ -167,7 +172,8 @@ def evaluate(
         raise ConfigError(f"SAEs are attached to the model at {', '.join(attached)}; detach them before evaluating")
     named = saes if isinstance(saes, Mapping) else {"sae": saes}
     subjects = {name: _subject(require_sae(sae), model, metrics) for name, sae in named.items()}
-    run = _Pass(model, list(subjects.values()), excluded_ids, ablation, rows_per_forward)
+    filters = RowFilter([], excluded=tuple(excluded_ids), seq_slice=seq_slice)
+    run = _Pass(model, list(subjects.values()), filters, max_norms or {}, ablation, rows_per_forward)
     with _evaluating(model):
         tokens = run.over(rows, fidelity_tokens if "fidelity" in metrics else 0)
     return EvalReport(
@@ -184,12 +190,14 @@ class _Pass:
         self,
         model: nn.Module,
         subjects: list[_Subject],
-        excluded_ids: Collection[int],
+        filters: RowFilter,
+        max_norms: Mapping[str, float],
         ablation: str,
         rows_per_forward: int | None,
     ) -> None:
-        self._model, self._subjects, self._excluded = model, subjects, excluded_ids
+        self._model, self._subjects, self._filters = model, subjects, filters
         self._sites = {site.spelling: site for s in subjects for site in (*s.reads, *s.writes)}
+        self._max_norms = {site: norm for site, norm in max_norms.items() if site in self._sites}
         self._spliced = [s for s in subjects if s.is_spliced]
         self._needs_sequences = any(s.sae.reads_sequences for s in subjects)
         means = {s.place: Moments(s.sae.d_out, s.sae.device) for s in self._spliced}
@@ -202,23 +210,28 @@ class _Pass:
         """Feed every family; `fidelity_tokens=0` leaves out what needs logits."""
         eligible = ce_positions = 0
         looked_at = -(-fidelity_tokens // max(rows.shape[1], 1))
+        again: list[tuple[Tensor, Positions]] = []
         for batch, with_logits in self._batches(rows, looked_at):
-            positions = Positions(batch, self._excluded, self._device)
-            eligible += positions.number
-            ce_positions += positions.n_targets if with_logits else 0
+            positions = Positions(batch, self._filters.positions(TokenBatch(batch.cpu())), self._device)
             ids = batch.to(self._device)
+            clean: Tensor | None = None
             if with_logits and not self._means:
                 view = Tensor.clone if self._needs_sequences else positions.select
                 with observed(self._model, self._sites.values(), view) as values:
                     clean = self._logits(ids)
-                self._measure(values, positions)
-                self._compare(ids, positions, clean)
             else:
-                self._measure(capture(self._model, self._sites.values(), ids, **self._kwargs), positions)
-        if self._means:
-            for batch, _ in self._batches(rows[:looked_at], looked_at):
-                ids = batch.to(self._device)
-                self._compare(ids, Positions(batch, self._excluded, self._device), self._logits(ids))
+                values = capture(self._model, self._sites.values(), ids, **self._kwargs)
+            values, positions = self._within_norms(values, positions)
+            eligible += positions.number
+            ce_positions += positions.n_targets if with_logits else 0
+            self._measure(values, positions)
+            if clean is not None:
+                self._compare(ids, positions, clean)
+            elif with_logits:
+                again.append((batch, positions))
+        for batch, positions in again:
+            ids = batch.to(self._device)
+            self._compare(ids, positions, self._logits(ids))
         if not eligible:
             raise DataError(f"expected some token that is not excluded, found none among {rows.numel()}")
         return {
@@ -235,6 +248,26 @@ class _Pass:
         for part, with_logits in ((rows[:looked_at], True), (rows[looked_at:], False)):
             if len(part):
                 yield from ((batch, with_logits) for batch in part.split(size))
+
+    def _within_norms(
+        self, values: Mapping[str, Float[Tensor, "..."]], positions: Positions
+    ) -> tuple[Mapping[str, Float[Tensor, "..."]], Positions]:
+        """Without the positions whose norm is above that of rows trained on."""
+        if not self._max_norms:
+            return values, positions
+        rows = {site: values[site] for site in self._max_norms}
+        rows = {site: value if value.ndim == 2 else positions.select(value) for site, value in rows.items()}
+        short = [
+            torch.linalg.vector_norm(value.float(), dim=1) <= self._max_norms[site] for site, value in rows.items()
+        ]
+        kept = torch.stack([found.to(self._device) for found in short]).all(0).nonzero().squeeze(1)
+        if len(kept) == positions.number:
+            return values, positions
+        fewer = {
+            site: value.index_select(0, kept.to(value.device)) if value.ndim == 2 else value
+            for site, value in values.items()
+        }
+        return fewer, positions.only(kept)
 
     def _measure(self, values: Mapping[str, Float[Tensor, "..."]], positions: Positions) -> None:
         """Values are whole, [rows, context, width], or of eligible positions already, [eligible, width]."""

@@ -42,12 +42,19 @@ def predictable(toy: Toy, number: int, context: int) -> Tensor:
     return rows
 
 
+@pytest.mark.parametrize("narrow", [False, True], ids=["all", "slice_and_norm"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("ablation", ["zero", "mean"])
-def test_everything_equals_a_brute_force(toy: Toy, name: str, ablation: Any) -> None:
+def test_everything_equals_a_brute_force(toy: Toy, name: str, ablation: Any, narrow: bool) -> None:
     sae, rows = sae_at("layer", name, dtype="float64"), predictable(toy, 20, 9)
-    found = flat(evaluate(sae, toy, rows, excluded_ids=EXCLUDED, ablation=ablation, rows_per_forward=6))
     eligible = ~torch.isin(rows, torch.tensor(EXCLUDED))
+    limits: dict[str, Any] = {}
+    if narrow:
+        norms = toy.layer(toy.embed(rows)).detach().norm(dim=-1)
+        longest = float(norms.quantile(0.8))
+        limits = {"seq_slice": (2, None, None), "max_norms": {"layer": longest, "elsewhere": 0.0}}
+        eligible = eligible & (norms <= longest) & (torch.arange(9) >= 2)
+    found = flat(evaluate(sae, toy, rows, excluded_ids=EXCLUDED, ablation=ablation, rows_per_forward=6, **limits))
     has_target = eligible.clone()
     has_target[:, -1] = False
     with torch.no_grad():

@@ -1,15 +1,22 @@
 """Cross-entropy and KL: definitions, orientation of the scores, masks and chunks."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from sae_kit.data.batch import TokenBatch
+from sae_kit.data.filters import RowFilter
 from sae_kit.evals import Fidelity, FidelityStep, fidelity
 from sae_kit.evals.fidelity import Positions
 
 VOCABULARY = 11
+
+
+def positions_of(rows: Tensor, excluded: Iterable[int]) -> Positions:
+    return Positions(rows, RowFilter([], excluded=tuple(excluded)).positions(TokenBatch(rows)))
 
 
 def step(n: int = 1, m: int = 1, **sums: float) -> FidelityStep:
@@ -69,7 +76,7 @@ def rows_and_logits(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor,
 def test_equals_a_brute_force(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fidelity, "POSITIONS_PER_CHUNK", chunk)
     rows, clean, patched = rows_and_logits(torch.float64)
-    positions = Positions(rows, (3, 7))
+    positions = positions_of(rows, (3, 7))
     ce, kl = positions.losses(patched, clean)
     p, q = clean.log_softmax(-1), patched.log_softmax(-1)
     n_ce = n_kl = 0
@@ -87,7 +94,7 @@ def test_equals_a_brute_force(chunk: int, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_what_stands_at_excluded_positions_does_not_matter() -> None:
     rows, clean, patched = rows_and_logits()
-    positions = Positions(rows, (3,))
+    positions = positions_of(rows, (3,))
     before = positions.losses(patched, clean)
     clean[rows == 3], patched[rows == 3] = float("nan"), 1e30
     assert positions.losses(patched, clean) == before
@@ -97,14 +104,14 @@ def test_equal_logits_diverge_by_nothing_even_where_ids_are_forbidden() -> None:
     rows, clean, _ = rows_and_logits()
     clean[..., 2] = float("-inf")
     rows[rows == 2] = 1
-    ce, kl = Positions(rows, ()).losses(clean, clean.clone())
+    ce, kl = positions_of(rows, ()).losses(clean, clean.clone())
     assert float(kl) == 0
     assert torch.isfinite(ce)
 
 
 def test_half_precision_logits_are_widened_first() -> None:
     rows, clean, patched = rows_and_logits(torch.bfloat16)
-    positions = Positions(rows, ())
+    positions = positions_of(rows, ())
     narrow, wide = positions.losses(patched, clean), positions.losses(patched.float(), clean.float())
     assert narrow == wide
 
@@ -112,5 +119,20 @@ def test_half_precision_logits_are_widened_first() -> None:
 def test_a_batch_without_eligible_positions_adds_nothing() -> None:
     rows, clean, patched = rows_and_logits()
     ce: Any
-    ce, kl = Positions(rows, range(VOCABULARY)).losses(patched, clean)
+    ce, kl = positions_of(rows, range(VOCABULARY)).losses(patched, clean)
     assert (float(ce), float(kl)) == (0, 0)
+
+
+def test_fewer_positions_are_those_chosen_among_them() -> None:
+    rows, clean, patched = rows_and_logits()
+    every = positions_of(rows, (3,))
+    fewer = every.only(torch.arange(0, every.number, 2))
+    assert torch.equal(fewer.index, every.index[::2])
+    values = torch.randn(*rows.shape, 4)
+    assert torch.equal(fewer.select(values), every.select(values)[::2])
+    assert torch.equal(fewer.mask.flatten().nonzero().squeeze(1), fewer.index)
+    rest = every.only(torch.arange(1, every.number, 2))
+    torch.testing.assert_close(
+        torch.stack(every.losses(patched, clean)),
+        torch.stack(fewer.losses(patched, clean)) + torch.stack(rest.losses(patched, clean)),
+    )
