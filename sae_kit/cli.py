@@ -1,34 +1,29 @@
-"""The command line: `sae-kit train`, `sae-kit demo`, `sae-kit env`.
+"""The command line: `sae-kit train`, `cache`, `pretokenize`, `demo`, `env`.
 
-A flag is the path of a field in the config tree, and its value is read like a value in a YAML file, so file, flags and
-Python meet in one place (`sae_kit.config.structure`), with one set of errors. Here are only argument lists and what is
-printed.
+What a command does is elsewhere; here are its arguments and what is printed.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
 import sys
-import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sae_kit import config as trees
 from sae_kit._version import __version__
-from sae_kit.errors import ConfigError, SAEKitError, UnknownConfigKeyError, did_you_mean
+from sae_kit.arguments import ShortFlags, TreeCommand, add_fields, add_sections, set_text
+from sae_kit.errors import SAEKitError
 
-SHORT_FLAGS = {
-    "model": "language model: hub id, folder, or demo",
-    "dataset": "text: hub id, file, folder, or demo",
-    "hook": "site that is read, e.g. blocks.8.hook_resid_pre",
-    "hook_out": "site that is written, if it is another one: the SAE is then a transcoder",
-    "arch": "architecture of the SAE",
-    "tokens": "activation rows to train on",
+MODEL = "language model: hub id, folder, or demo"
+DATASET = "text: hub id, file, folder, or demo"
+TREE_COMMANDS = {
+    "train": "train SAEs from flags, or from a YAML or JSON file with overrides",
+    "cache": "write the activations of a run to disk, to train on them many times",
+    "pretokenize": "write the token rows of a text to disk, as a dataset",
 }
-"""Flags that stand for a path in the tree, with their line of help; `_path` knows which."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,11 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="root of every random generator (default: %(default)s)")
     commands.add_parser("env", help="print versions and devices, for bug reports")
-    commands.add_parser(
-        "train", help="train SAEs from flags, or from a YAML or JSON file with overrides", add_help=False
-    )
+    for name, text in TREE_COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
     given, rest = parser.parse_known_args(arguments)
-    if rest and given.command != "train":
+    if rest and given.command not in TREE_COMMANDS:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if given.command == "demo":
@@ -58,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif given.command == "env":
             _print_environment()
         else:
-            _train(rest)
+            {"train": _train, "cache": _cache, "pretokenize": _pretokenize}[given.command](rest)
     except (SAEKitError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
@@ -79,179 +73,123 @@ def _train(arguments: Sequence[str]) -> None:
         print(result.folder / "saes" / name)  # noqa: T201
 
 
+def _cache(arguments: Sequence[str]) -> None:
+    tree = RunCommand("cache").parse(arguments)
+    from sae_kit.training.config import RunConfig
+    from sae_kit.training.run import cache_activations
+
+    print(cache_activations(RunConfig.from_dict(tree)))  # noqa: T201
+
+
+def _pretokenize(arguments: Sequence[str]) -> None:
+    from sae_kit.config import structure
+    from sae_kit.data.pretokenize import PretokenizeConfig, pretokenize
+
+    command = TreeCommand("pretokenize", "Write the token rows of a text to disk.", PretokenizeConfig, PRETOKENIZE)
+    print(pretokenize(structure(PretokenizeConfig, command.parse(arguments))))  # noqa: T201
+
+
+PRETOKENIZE: ShortFlags = {
+    "dataset": (("data", "sources"), DATASET),
+    "context_size": (("data", "context_size"), "ids per row"),
+}
+
+
 def parse_train(arguments: Sequence[str]) -> dict[str, Any]:
-    """The config tree of `sae-kit train [FILE] [FIELD=VALUE ...] [--FIELD VALUE ...]`.
-
-    Flags beat overrides, and overrides beat the file.
-
-    Raises:
-        UnknownConfigKeyError, ConfigError: see `sae_kit.config`.
-        SystemExit: `--help`, or arguments that are not of this form.
-    """
-    from sae_kit.training.config import expand_short_names
-
-    arguments = _import_named(arguments)
-    words = _words(arguments)
-    files = [word for word in words if "=" not in word]
-    if len(files) > 1:
-        raise ConfigError(f"expected one config file, found {', '.join(files)}; an override has the form FIELD=VALUE")
-    tree = expand_short_names(trees.load_tree(files[0])) if files else {}
-    architecture = _architecture_of(arguments, tree)
-    parser = _train_parser(architecture)
-    given, rest = parser.parse_known_args(arguments)
-    for flag in rest:
-        if flag.startswith("--"):
-            known = [option[2:] for option in parser._option_string_actions if option.startswith("--")]
-            name = flag[2:].split("=")[0]
-            raise UnknownConfigKeyError(f"unknown flag --{name}.{did_you_mean(name, known)} See sae-kit train --help")
-    overrides = [word.split("=", 1) for word in words if "=" in word]
-    flags = [(name, value) for name, value in vars(given).items() if name != "words"]
-    spelt: dict[tuple[str, ...], str] = {}
-    for name, text in [*overrides, *flags]:
-        path = _path(name)
-        if spelt.setdefault(path, name) != name:
-            raise ConfigError(f"{spelt[path]} and {name} are the same field: give one of them")
-        _override(tree, path, name, text)
-    if trees.look_up(tree, ("saes", "sae")) is not None:
-        _override(tree, _path("arch"), "arch", architecture)
-    return tree
+    """The config tree of `sae-kit train [FILE] [FIELD=VALUE ...] [--FIELD VALUE ...]`."""
+    return RunCommand("train").parse(arguments)
 
 
-def _path(name: str) -> tuple[str, ...]:
-    """Where in the tree a flag or override points: `sae.k` and `tokens` are short for longer paths."""
-    from sae_kit.training.config import SHORT_NAMES
+class RunCommand(TreeCommand):
+    """A command whose arguments are a run: flags of one architecture, and short names for a run of one SAE."""
 
-    if name == "arch":
-        name = "sae.architecture"
-    first, *others = name.split(".")
-    if first == "model" and others:
-        return (first, *others)
-    return (*SHORT_NAMES.get(first, (first,)), *others)
+    def __init__(self, name: str) -> None:
+        from sae_kit.training.config import SHORT_NAMES, RunConfig
 
+        helps = {
+            "model": MODEL,
+            "dataset": DATASET,
+            "hook": "site that is read, e.g. blocks.8.hook_resid_pre",
+            "hook_out": "site that is written, if it is another one: the SAE is then a transcoder",
+            "arch": "architecture of the SAE",
+            "tokens": "activation rows to train on",
+        }
+        paths = {**SHORT_NAMES, "arch": (*SHORT_NAMES["sae"], "architecture")}
+        description = {
+            "train": "Train SAEs. A share of the run is written '5%'.",
+            "cache": "Write the activations that a run would train on to cache.write.",
+        }
+        super().__init__(
+            name, description[name], RunConfig, {flag: (paths[flag], text) for flag, text in helps.items()}
+        )
 
-def _override(tree: dict[str, Any], path: tuple[str, ...], name: str, text: str) -> None:
-    value = trees.parse_scalar(text)
-    if path == ("data", "sources") and not isinstance(value, list):
-        value = [value]
-    *parents, last = path
-    for depth, key in enumerate(parents, start=1):
-        child = tree.setdefault(key, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"{name}: {'.'.join(path[:depth])} is {child!r}, not a section with fields")
-        tree = child
-    tree[last] = value
+    def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
+        tree = super().parse(arguments)
+        if trees.look_up(tree, ("saes", "sae")) is not None:
+            words = self.prepare(arguments)
+            set_text(tree, self.path("arch"), "arch", self._architecture(words, tree))
+        return tree
 
+    def prepare(self, arguments: Sequence[str]) -> list[str]:
+        """Import what `--import` names, so that its architectures are known; the other arguments are returned."""
+        from sae_kit.registry import import_architectures
 
-def _import_named(arguments: Sequence[str]) -> list[str]:
-    """Import what `--import` names, so that its architectures are known; the other arguments are returned."""
-    from sae_kit.registry import import_architectures
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--import", dest="sources", action="append", default=[])
+        given, rest = parser.parse_known_args(arguments)
+        for source in given.sources:
+            import_architectures(source)
+        return rest
 
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--import", dest="sources", action="append", default=[])
-    given, rest = parser.parse_known_args(arguments)
-    for source in given.sources:
-        import_architectures(source)
-    return rest
+    def expand(self, tree: dict[str, Any]) -> dict[str, Any]:
+        from sae_kit.training.config import expand_short_names
 
+        return expand_short_names(tree)
 
-def _words(arguments: Sequence[str]) -> list[str]:
-    """The arguments that are neither a flag nor the value of one: a config file, and overrides."""
-    words: list[str] = []
-    after_flag = False
-    for argument in arguments:
-        is_flag = argument.startswith("-")
-        if not is_flag and not after_flag:
-            words.append(argument)
-        after_flag = is_flag and "=" not in argument and argument not in ("-h", "--help")
-    return words
+    def path(self, name: str) -> tuple[str, ...]:
+        """`sae.k` and `tokens` are short for longer paths."""
+        from sae_kit.training.config import SHORT_NAMES
 
+        if name == "arch":
+            name = "sae.architecture"
+        first, *others = name.split(".")
+        if first == "model" and others:
+            return (first, *others)
+        return (*SHORT_NAMES.get(first, (first,)), *others)
 
-def _architecture_of(arguments: Sequence[str], tree: dict[str, Any]) -> str:
-    """Which architecture's flags to offer: from --arch, an override or the config file; topk if nothing says."""
-    from sae_kit.registry import get_architecture
+    def parser(self, arguments: Sequence[str], tree: dict[str, Any]) -> argparse.ArgumentParser:
+        from sae_kit.registry import list_architectures
+        from sae_kit.training.config import RunConfig, SAEEntry
 
-    for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
-        name, _, value = word.removeprefix("--").partition("=")
-        if _path(name) == _path("arch") and (value or word.startswith("--")):
-            return get_architecture(value or after).name
-    return get_architecture(trees.look_up(tree, _path("arch")) or "topk").name
+        architecture = self._architecture(arguments, tree)
+        parser = self.empty_parser()
+        parser.add_argument("--import", metavar="FILE.py", help="import a file or module that registers architectures")
+        self.add_short(parser.add_argument_group("a run of one SAE"))
+        sae = parser.add_argument_group(f"the SAE ({architecture}; another --arch shows its own fields)")
+        add_fields(sae, list_architectures()[architecture].config, "sae", leave_out=("metadata",))
+        entry = parser.add_argument_group("training of the SAE")
+        add_sections(parser, entry, SAEEntry, "saes.sae.", leave_out=("sae", "hook", "hook_out"))
+        add_sections(parser, parser.add_argument_group("the run"), RunConfig, "", leave_out=("saes",))
+        return parser
 
+    def add_short(self, group: Any) -> None:
+        from sae_kit.registry import list_architectures
 
-def _train_parser(architecture: str) -> argparse.ArgumentParser:
-    from sae_kit.registry import list_architectures
-    from sae_kit.training.config import RunConfig, SAEEntry
+        for flag, (path, text) in self.short.items():
+            if flag == "arch":
+                text = f"{text}: {', '.join(list_architectures())}"
+            default = " (default: topk)" if flag == "arch" else ""
+            group.add_argument(f"--{flag}", metavar=flag.upper(), help=f"{text} [{'.'.join(path)}]{default}")
 
-    parser = argparse.ArgumentParser(
-        prog="sae-kit train",
-        usage="sae-kit train [FILE.yaml] [FIELD=VALUE ...] [--FIELD VALUE ...]",
-        description="Train SAEs. A value is written as in YAML; null is None; a share of the run is written '5%'.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=120),
-    )
-    parser.add_argument(
-        "words", nargs="*", default=[], metavar="FILE or FIELD=VALUE", help="a config file, overrides of its fields"
-    )
-    parser.add_argument("--import", metavar="FILE.py", help="import a file or module that registers architectures")
-    short = parser.add_argument_group("a run of one SAE")
-    for flag, text in SHORT_FLAGS.items():
-        names = f": {', '.join(list_architectures())}" if flag == "arch" else ""
-        default = " (default: topk)" if flag == "arch" else ""
-        short.add_argument(f"--{flag}", metavar=flag.upper(), help=f"{text}{names} [{'.'.join(_path(flag))}]{default}")
-    sae = parser.add_argument_group(f"the SAE ({architecture}; another --arch shows its own fields)")
-    _add_fields(sae, list_architectures()[architecture].config, "sae", leave_out=("metadata",))
-    entry = parser.add_argument_group("training of the SAE")
-    _add_sections(parser, entry, SAEEntry, "saes.sae.", leave_out=("sae", "hook", "hook_out"))
-    _add_sections(parser, parser.add_argument_group("the run"), RunConfig, "", leave_out=("saes",))
-    return parser
+    def _architecture(self, arguments: Sequence[str], tree: dict[str, Any]) -> str:
+        """Which architecture's flags to offer: from --arch, an override or the config file; topk if nothing says."""
+        from sae_kit.registry import get_architecture
 
-
-def _add_sections(parser: Any, group: Any, cls: Any, prefix: str, leave_out: tuple[str, ...]) -> None:
-    """Plain fields of `cls` go into `group`, those of each section in it into a group of their own."""
-    docs = trees.field_docs(cls)
-    for field in dataclasses.fields(cls):
-        name, section = f"{prefix}{field.name}", _section(cls, field.name)
-        if field.name in leave_out:
-            continue
-        if section is None:
-            _add_field(group, name, docs.get(field.name, ""), field)
-        else:
-            _add_fields(parser.add_argument_group(f"{name}: {docs[field.name]}"), section, name)
-
-
-def _add_fields(group: Any, cls: Any, prefix: str, leave_out: tuple[str, ...] = ()) -> None:
-    docs = trees.field_docs(cls)
-    for field in dataclasses.fields(cls):
-        if field.name not in leave_out:
-            section = _section(cls, field.name)
-            if section is None:
-                _add_field(group, f"{prefix}.{field.name}", docs.get(field.name, ""), field)
-            else:
-                _add_fields(group, section, f"{prefix}.{field.name}")
-
-
-def _section(cls: Any, name: str) -> Any:
-    """The dataclass that a field holds, perhaps besides None; None of other fields, and of lists of dataclasses."""
-    hint = typing.get_type_hints(cls)[name]
-    found = [part for part in _parts(hint) if dataclasses.is_dataclass(part)]
-    return found[0] if found and typing.get_origin(hint) is not tuple else None
-
-
-def _add_field(group: Any, name: str, text: str, field: dataclasses.Field[Any]) -> None:
-    default = "" if field.default is dataclasses.MISSING else f" (default: {_yaml(field.default)})"
-    group.add_argument(f"--{name}", dest=name, metavar="VALUE", help=f"{text}{default}".replace("%", "%%"))
-
-
-def _parts(hint: Any) -> Iterator[Any]:
-    arguments = typing.get_args(hint)
-    if not arguments:
-        yield hint
-    for argument in arguments:
-        yield from _parts(argument)
-
-
-def _yaml(value: object) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
+            name, _, value = word.removeprefix("--").partition("=")
+            if self.path(name) == self.path("arch") and (value or word.startswith("--")):
+                return get_architecture(value or after).name
+        return get_architecture(trees.look_up(tree, self.path("arch")) or "topk").name
 
 
 def _print_environment() -> None:

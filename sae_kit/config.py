@@ -85,6 +85,23 @@ def look_up(tree: object, path: Sequence[str]) -> Any:
     return tree
 
 
+def set_path(tree: dict[str, Any], path: tuple[str, ...], value: object, source: str) -> None:
+    """Put `value` at `path`, making the mappings on the way; `source` is what the user wrote.
+
+    Raises:
+        ConfigError: the place is taken, or something on the way is not a mapping.
+    """
+    node = tree
+    for key in path[:-1]:
+        child = node.get(key, {})
+        if not isinstance(child, Mapping):
+            raise ConfigError(f"{source}: {key} is {child!r}, not a mapping that could hold {'.'.join(path)}")
+        node[key] = node = dict(child)
+    if path[-1] in node:
+        raise ConfigError(f"{source} and {'.'.join(path)} are the same field: give one of them")
+    node[path[-1]] = value
+
+
 def structure_fields(cls: type[T], data: object, where: str = "") -> T:
     """`structure` for one dataclass, without asking its `from_dict`."""
     if not isinstance(data, Mapping):

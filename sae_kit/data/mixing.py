@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ CLUMPED = 16
 """Clumping that is worth a warning: the mean of a batch is as noisy as that of one 16 times smaller."""
 
 
+@runtime_checkable
 class Activations(Resumable, Protocol):
     """What is mixed: activations in their natural order."""
 

@@ -4,7 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from sae_kit.data.batch import Resumable, State
 JOIN_SECONDS = 5.0
 
 
+@runtime_checkable
 class Batches(Resumable, Protocol):
     """What hands out mixed batches: site -> [batch, width]."""
 

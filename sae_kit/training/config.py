@@ -210,22 +210,5 @@ def expand_short_names(data: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in short.items():
         if name == "dataset" and not isinstance(value, list | tuple):
             value = [value]
-        set_path(tree, SHORT_NAMES[name], value, name)
+        trees.set_path(tree, SHORT_NAMES[name], value, name)
     return tree
-
-
-def set_path(tree: dict[str, Any], path: tuple[str, ...], value: object, source: str) -> None:
-    """Put `value` at `path`, making the mappings on the way; `source` is what the user wrote.
-
-    Raises:
-        ConfigError: the place is taken, or something on the way is not a mapping.
-    """
-    node = tree
-    for key in path[:-1]:
-        child = node.get(key, {})
-        if not isinstance(child, Mapping):
-            raise ConfigError(f"{source}: {key} is {child!r}, not a mapping that could hold {'.'.join(path)}")
-        node[key] = node = dict(child)
-    if path[-1] in node:
-        raise ConfigError(f"{source} and {'.'.join(path)} are the same field: give one of them")
-    node[path[-1]] = value
