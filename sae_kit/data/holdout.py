@@ -1,6 +1,6 @@
 """Which documents are held out: a rule on their content alone.
 
-A document is held out iff ``blake2b(text) mod 10,000 < share * 10,000``. The rule needs no list and no
+A document is held out iff ``blake2b(content) mod 10,000 < share * 10,000``. The rule needs no list and no
 state, so it does not depend on order, process, epoch or resume; exact duplicates fall on one side; and a
 larger share contains every smaller one.
 """
@@ -28,7 +28,10 @@ def default_share(documents: int | None, *, streaming: bool = False) -> float:
     return next((share for share in SHARES if share * documents >= WANTED_DOCUMENTS), SHARES[-1])
 
 
-def is_held_out(text: str, share: float) -> bool:
-    """Whether the document `text` belongs to the held-out share (a fraction of all documents)."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+def is_held_out(content: str | bytes, share: float) -> bool:
+    """Whether the document of this content belongs to the held-out share (a fraction of all documents)."""
+    if share == 0:
+        return False
+    data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    digest = hashlib.blake2b(data, digest_size=8).digest()
     return int.from_bytes(digest, "big") % 10_000 < share * 10_000

@@ -1,23 +1,38 @@
-"""Where documents come from: files, folders, hub datasets, and dataset objects, as strings to iterate over."""
+"""Where documents come from: files, folders, hub datasets, saved datasets, and objects, as items to be walked over."""
 
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from sae_kit.config import structure_fields
+from sae_kit.data.batch import State
+from sae_kit.data.documents import MEANING, Kind, Sharded, Walk, describe, is_empty, kind_of
+from sae_kit.data.holdout import default_share
+from sae_kit.data.provenance import digest, fingerprint, fingerprint_of_files
 from sae_kit.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
-COLUMNS = ("text", "content")
-"""Names that `column="auto"` looks for."""
+COLUMNS: Mapping[str, Kind] = {
+    "text": "text",
+    "content": "text",
+    "tokens": "tokens",
+    "input_ids": "tokens",
+    "messages": "chat",
+    "conversations": "chat",
+}
+"""Names that `column="auto"` looks for, and what they hold."""
 TEXT_FILES = (".txt", ".md", ".py")
 """One document a file; `TABLES` hold one a line or row."""
 TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+SIDECARS = ("sae_kit.json", "sae_lens.json")
+"""What lies beside rows that were tokenised before, and says how; the first that is there counts."""
 COUNTED_BYTES = 2**30
 """Local tables up to this size are counted, in seconds; a larger one has documents enough for any share."""
+LOOKED_AT = 100  # documents among which one that is not empty shows what kind they are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,17 +40,22 @@ class Source:
     """Where text comes from; a bare string stands for its `path`."""
 
     path: str
-    """hub dataset, file or folder (.txt, .md, .py, .json, .jsonl, .parquet); demo = the Python standard library"""
+    """hub dataset, saved dataset, file or folder (.txt, .md, .py, .json, .jsonl, .parquet); demo = the Python standard
+    library"""
     name: str | None = None
     """subset of a hub dataset"""
     split: str = "train"
-    """split of a hub dataset"""
+    """split of a hub dataset or of saved splits"""
     revision: str | None = None
     """branch, tag or commit of a hub dataset"""
     data_files: str | None = None
     """pattern of the files to read within `path`"""
+    data_dir: str | None = None
+    """folder to read within `path`"""
+    kind: Literal["auto", "text", "chat", "tokens"] = "auto"
+    """text: strings; chat: lists of messages; tokens: lists of ids; auto = as the first document is"""
     column: str = "auto"
-    """column that holds the text; auto = the one named text or content"""
+    """column to read; auto = the only one named text, content, tokens, input_ids, messages or conversations"""
     weight: float = 1.0
     """share of the rows, relative to the other sources"""
     epochs: int | None = None
@@ -55,21 +75,40 @@ class Source:
         return cls(path=data) if isinstance(data, str) else structure_fields(cls, data, where)
 
 
-def open_source(source: Source) -> Iterable[Any]:
-    """The documents of a source, as a sequence where their number is known.
+class Opened(NamedTuple):
+    """A source that is ready to be read."""
+
+    items: Any
+    """a sequence, files (`Sharded`), an object with a state, or an iterable"""
+    kind: Kind | None = None
+    """None: as the first document will be"""
+    column: str | None = None
+    number: int | None = None
+    """documents, where that is known"""
+    fingerprint: str | None = None
+    sidecar: Mapping[str, Any] | None = None
+    """how its rows were tokenised"""
+
+
+def open_source(source: Source) -> Opened:
+    """Open a source; its documents are a sequence where their number is known.
 
     Raises:
-        DataError: nothing there, nothing readable, or no column of text (the columns are listed).
+        DataError: nothing there, nothing readable, or no column of text, messages or ids (the columns are listed).
     """
     if source.path == "demo":
         from sae_kit.demo.corpus import corpus
 
-        return (*corpus().train, *corpus().held_out)
+        return _sequence((*corpus().train, *corpus().held_out), "text")
     path = Path(source.path).expanduser()
     if not path.exists():
-        return _open_dataset(source, source.path, source.data_files)
+        return _open_dataset(source, source.path, source.data_files, sidecar=None)
+    path /= source.data_dir or ""
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _open_saved(source, path)
     pattern = source.data_files or "**/*"
     files = [path] if path.is_file() else sorted(file for file in path.glob(pattern) if file.is_file())
+    files = [file for file in files if file.name not in SIDECARS]
     kinds = {file.suffix for file in files if file.suffix in TEXT_FILES or file.suffix in TABLES}
     if not kinds:
         raise DataError(f"{source.path}: expected {', '.join((*TEXT_FILES, *TABLES))} files, found none")
@@ -81,15 +120,15 @@ def open_source(source: Source) -> Iterable[Any]:
         raise DataError(f"{source.path}: expected one kind of files, found {found}; choose by data_files")
     files = [file for file in files if file.suffix in kinds]
     builder = builders.pop()
-    return _Files(files) if builder == "text" else _open_tables(source, builder, files)
+    return _sequence(_Files(files), "text") if builder == "text" else _open_tables(source, builder, files, path)
 
 
-def as_documents(documents: Iterable[Any]) -> Iterable[Any]:
-    """Documents that were given as an object: strings as they are, a dataset's column of text.
+def as_documents(documents: Iterable[Any]) -> Opened:
+    """Documents that were given as an object: an iterable as it is, a dataset's column.
 
     Raises:
         ConfigError: one string, or a dict (of splits).
-        DataError: a dataset that is empty or has no column of text.
+        DataError: a dataset that is empty or has no column to read.
     """
     if isinstance(documents, str | bytes | Mapping):
         raise ConfigError(
@@ -97,8 +136,41 @@ def as_documents(documents: Iterable[Any]) -> Iterable[Any]:
         )
     # Both kinds of Dataset: objects of that library are recognised without loading it.
     if hasattr(documents, "column_names") and hasattr(documents, "select_columns"):
-        return _text_column(documents, Source(path="the documents"))
-    return documents
+        return _column(documents, Source(path="the documents"))
+    if isinstance(documents, Sequence):
+        return _sequence(documents, None)
+    return Opened(documents)
+
+
+def share_of(source: Source, opened: Opened, asked: float | None) -> float:
+    """Share of a source's documents that is held out."""
+    if asked is not None:
+        return asked
+    return default_share(opened.number, streaming=source.streaming)
+
+
+def portable(path: str) -> str:
+    """The name of a source without the folders that it lies in on this machine."""
+    return Path(path).expanduser().resolve().name if Path(path).expanduser().exists() else path
+
+
+def describe_source(source: Source, opened: Opened, share: float) -> dict[str, Any]:
+    """Which documents a source gives, as JSON values."""
+    return {
+        "path": portable(source.path),
+        "name": source.name,
+        "split": source.split,
+        "revision": source.revision,
+        "data_files": source.data_files,
+        "data_dir": source.data_dir,
+        "kind": opened.kind if source.kind == "auto" else source.kind,
+        "column": opened.column,
+        "weight": source.weight,
+        "epochs": source.epochs,
+        "streaming": source.streaming,
+        "fingerprint": opened.fingerprint,
+        "holdout": share,
+    }
 
 
 class _Files(Sequence[str | None]):
@@ -118,48 +190,108 @@ class _Files(Sequence[str | None]):
             return None
 
 
-class _Column(Iterable[Any]):
+class _Table(Sequence[Any]):
+    """One column of a dataset whose rows can be fetched in any order."""
+
     def __init__(self, dataset: Any, column: str) -> None:
         self._dataset, self._column = dataset, column
 
-    def __iter__(self) -> Iterator[Any]:
-        return (example[self._column] for example in self._dataset)
-
-
-class _CountedColumn(_Column):
-    """Of known length, but read in order only."""
-
-    def __init__(self, stream: _Column) -> None:
-        super().__init__(stream._dataset, stream._column)
-        batches = self._dataset.with_format("arrow").iter(batch_size=1_000)
-        self._number = sum(batch.num_rows for batch in batches)
-
-    def __len__(self) -> int:
-        return self._number
-
-
-class _SizedColumn(_Column, Sequence[Any]):
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: Any) -> Any:
         return self._dataset[index][self._column]
 
+    def fetch(self, places: list[int]) -> list[Any]:
+        """Several rows at once, at a tenth of the price."""
+        return list(self._dataset[places][self._column])
 
-def _open_tables(source: Source, builder: str, files: Sequence[Path]) -> Iterable[Any]:
+
+class _Stream(Sharded):
+    """One column of a dataset that is read from files in order."""
+
+    def __init__(self, dataset: Any, column: str, source: Source) -> None:
+        self.shards = max(dataset.num_shards, 1)
+        self._dataset, self._column, self._source = dataset, column, source
+
+    def open(self, shard: int) -> Walk:
+        return _Shard(self._dataset.shard(self.shards, shard), self._column, self._source)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (item for shard in range(self.shards) for item in self.open(shard))
+
+    def count(self) -> int:
+        """Read everything once and count it."""
+        batches = self._dataset.with_format("arrow").iter(batch_size=1_000)
+        return sum(batch.num_rows for batch in batches)
+
+
+class _Shard(Walk):
+    """A walk over one file; the dataset knows where it stands."""
+
+    def __init__(self, dataset: Any, column: str, source: Source) -> None:
+        self._dataset, self._column, self._source = dataset, column, source
+        self._examples: Iterator[Any] | None = None
+
+    def __next__(self) -> Any:
+        from datasets.exceptions import DatasetsError
+
+        self._examples = self._examples or iter(self._dataset)
+        try:
+            return next(self._examples)[self._column]
+        except (OSError, ValueError, DatasetsError) as error:
+            raise DataError(f"{self._source.path}: cannot read on: {_reason(error)}") from error
+
+    def state_dict(self) -> State:
+        return self._dataset.state_dict()
+
+    def load_state_dict(self, state: State) -> None:
+        self._dataset.load_state_dict(state)
+        self._examples = None
+
+
+def _sequence(items: Sequence[Any], kind: Kind | None) -> Opened:
+    return Opened(items, kind, number=len(items), fingerprint=fingerprint(items))
+
+
+def _open_saved(source: Source, path: Path) -> Opened:
+    import datasets
+
+    try:
+        dataset: Any = datasets.load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot open the saved dataset {source.path!r}: {_reason(error)}") from error
+    if isinstance(dataset, Mapping):
+        if source.split not in dataset:
+            raise DataError(f"{source.path}: expected a split {source.split!r}, found {', '.join(dataset)}; set split")
+        dataset = dataset[source.split]
+    return _column(dataset, source, _sidecar_in(path))
+
+
+def _open_tables(source: Source, builder: str, files: Sequence[Path], root: Path) -> Opened:
     sizes = {file: file.stat().st_size for file in files}
     filled = [str(file) for file, size in sizes.items() if size]
     if not filled:
         raise DataError(f"{source.path}: expected text, found {len(files)} empty file{'s' if len(files) > 1 else ''}")
     for file in (file for file, size in sizes.items() if not size):
         log.warning("%s is empty: skipped", file)
-    return _open_dataset(source, builder, filled, counted=sum(sizes.values()) <= COUNTED_BYTES)
+    folder = root.parent if root.is_file() else root
+    opened = _open_dataset(source, builder, filled, sidecar=_sidecar_in(folder))
+    if isinstance(opened.items, _Stream):
+        counted = sum(sizes.values()) <= COUNTED_BYTES
+        return opened._replace(
+            number=opened.items.count() if counted else None, fingerprint=fingerprint_of_files(files, folder)
+        )
+    return opened
 
 
-def _open_dataset(source: Source, path: str, files: str | list[str] | None, counted: bool = False) -> Iterable[Any]:
+def _open_dataset(
+    source: Source, path: str, files: str | list[str] | None, *, sidecar: Mapping[str, Any] | None
+) -> Opened:
     import datasets
     from datasets.exceptions import DatasetsError
 
+    local = isinstance(files, list)
     try:
         dataset = datasets.load_dataset(
             path,
@@ -167,31 +299,81 @@ def _open_dataset(source: Source, path: str, files: str | list[str] | None, coun
             split=source.split,
             revision=source.revision,
             data_files=files,
+            data_dir=None if local else source.data_dir,
             streaming=source.streaming,
         )
-        column = _text_column(dataset, source)
-        if counted and not isinstance(column, Sequence):
-            return _CountedColumn(column)
-        return column
+        opened = _column(dataset, source, sidecar)
     except DataError:
         raise
     except (OSError, ValueError, DatasetsError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"cannot open dataset {source.path!r}, split {source.split!r}: {reason}") from error
+        raise DataError(f"cannot open dataset {source.path!r}, split {source.split!r}: {_reason(error)}") from error
+    if opened.kind == "tokens" and not local:
+        return opened._replace(sidecar=_sidecar_on_the_hub(source))
+    return opened
 
 
-def _text_column(dataset: Any, source: Source) -> _Column:
-    first = next(iter(dataset), None)
+def _column(dataset: Any, source: Source, sidecar: Mapping[str, Any] | None = None) -> Opened:
+    examples = iter(dataset)
+    first = next(examples, None)
     if first is None:
         raise DataError(f"{source.path}: expected text, found no documents")
-    columns = list(first)
-    names = COLUMNS if source.column == "auto" else (source.column,)
+    column = _column_name(list(first), source)
+    seen = [first[column]]
+    while is_empty(seen[-1]) and len(seen) < LOOKED_AT and (example := next(examples, None)) is not None:
+        seen.append(example[column])
+    named = COLUMNS[column] if source.column == "auto" else "text"
+    kind = named if is_empty(seen[-1]) else kind_of(seen[-1])
+    expected = source.kind if source.kind != "auto" else named if source.column == "auto" else kind or "text"
+    if kind != expected:
+        raise DataError(
+            f"{source.path}: expected {MEANING[expected]} in column {column!r}, found {describe(seen[-1])}; "
+            "set column or kind"
+        )
+    dataset = dataset.select_columns([column])
+    if kind == "tokens":
+        dataset = dataset.with_format("numpy")  # ids without a Python object for each
+    if hasattr(dataset, "__len__"):
+        table = _Table(dataset, column)
+        return Opened(table, kind, column, len(table), fingerprint(table), sidecar)
+    first_said = fingerprint([seen[0]])
+    stream = _Stream(dataset, column, source)
+    return Opened(stream, kind, column, None, digest([str(stream.shards), first_said or ""]), sidecar)
+
+
+def _column_name(columns: list[str], source: Source) -> str:
+    names = [source.column]
+    if source.column == "auto":
+        names = [name for name, kind in COLUMNS.items() if source.kind in ("auto", kind)]
     wanted = [column for column in columns if column in names]
     if len(wanted) != 1:
-        asked, found = " or ".join(map(repr, names)), ", ".join(map(repr, columns))
+        asked = " or ".join(filter(None, (", ".join(map(repr, names[:-1])), repr(names[-1]))))
+        found = ", ".join(map(repr, columns))
         raise DataError(f"{source.path}: expected one column {asked}, found columns {found}; set column")
-    column = wanted[0]
-    if not isinstance(first[column], str | None):
-        raise DataError(f"{source.path}: expected text in column {column!r}, found {type(first[column]).__name__}")
-    dataset = dataset.select_columns(wanted)
-    return (_SizedColumn if hasattr(dataset, "__len__") else _Column)(dataset, column)
+    return wanted[0]
+
+
+def _sidecar_in(folder: Path) -> Mapping[str, Any] | None:
+    for name in SIDECARS:
+        if (folder / name).is_file():
+            try:
+                return json.loads((folder / name).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise DataError(f"cannot read {folder / name}: {_reason(error)}") from error
+    return None
+
+
+def _sidecar_on_the_hub(source: Source) -> Mapping[str, Any] | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    for name in SIDECARS:
+        try:
+            file = hf_hub_download(source.path, name, repo_type="dataset", revision=source.revision)
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
+            continue
+        return _sidecar_in(Path(file).parent)
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

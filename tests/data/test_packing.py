@@ -1,7 +1,9 @@
 """Packing is exact: rows of one length, nothing lost, nothing inserted but what was asked for."""
 
 import itertools
+from typing import Any
 
+import numpy as np
 import pytest
 
 from sae_kit.data.packing import Packer
@@ -10,10 +12,14 @@ START, SEPARATOR, DOC = 100, 101, 102
 DOCUMENTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 12, 13], [], [14, 15], [16, 17, 18, 19, 20]]
 
 
-def pack(documents: list[list[int]], context_size: int, **marks: int | None) -> tuple[list[list[int]], list[int]]:
+def ids(numbers: list[int]) -> np.ndarray:
+    return np.array(numbers, np.int32)
+
+
+def pack(documents: list[list[int]], context_size: int, **marks: Any) -> tuple[list[list[int]], list[int]]:
     packer = Packer(context_size, **marks)
-    rows = [row for document in documents for row in packer.add(document)]
-    return rows, packer.row
+    rows = [row.tolist() for document in documents for row in packer.add(ids(document))]
+    return rows, packer.row.tolist()
 
 
 def test_each_mark_by_hand() -> None:
@@ -45,6 +51,6 @@ def test_without_the_inserted_ids_the_rows_are_the_documents(context_size: int, 
     assert all(len(row) == context_size for row in rows)
     assert all(row[0] == marks[0] for row in rows if marks[0] is not None)
     assert len(rest) < context_size
-    ids = [i for row in [*rows, rest] for i in row]
-    assert [i for i in ids if i < 100] == [i for document in DOCUMENTS for i in document]
-    assert ids.count(DOC) == (5 if marks[2] is not None else 0)
+    found = [i for row in [*rows, rest] for i in row]
+    assert [i for i in found if i < 100] == [i for document in DOCUMENTS for i in document]
+    assert found.count(DOC) == (5 if marks[2] is not None else 0)

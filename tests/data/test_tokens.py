@@ -1,6 +1,5 @@
 """From sources to rows: what is read, in which order, on which side of the split, and what is refused."""
 
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,28 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from texts import CONTEXT, stream, texts, words
 
 from sae_kit.config import structure, unstructure
 from sae_kit.data.holdout import is_held_out
-from sae_kit.data.sources import Source, open_source
+from sae_kit.data.sources import Source
 from sae_kit.data.tokens import DataConfig, Documents, TokenStream, excluded_ids, held_out_rows
 from sae_kit.errors import ConfigError, DataError
-
-CONTEXT = 8
-
-
-def words(*numbers: int) -> str:
-    return " ".join(f"w{n}" for n in numbers)
-
-
-def texts(count: int, length: int = 10) -> list[str]:
-    return [words(*(((7 * i) + j) % 61 for j in range(length))) + f" w{i % 61}" * (i // 61) for i in range(count)]
-
-
-def stream(tokenizer: Any, documents: Any, **options: Any) -> TokenStream:
-    seed = options.pop("seed", 0)
-    cfg = DataConfig(**{"context_size": CONTEXT, "holdout": 0.0, "shuffle": False, **options})
-    return TokenStream.from_config(cfg, tokenizer, documents=documents, seed=seed)
 
 
 def test_rows_are_the_documents_between_bos(tokenizer: Any) -> None:
@@ -92,7 +76,7 @@ def test_every_document_is_on_one_side(tokenizer: Any) -> None:
     ids = held[held != 0].tolist()
     assert ids == expected[: len(ids)]
     training, evaluation = Documents(documents, share=0.2), Documents(documents, share=0.2, held_out=True)
-    assert sorted(training.batch(1000) + evaluation.batch(1000)) == sorted(documents)
+    assert sorted(training.batch(1000).documents + evaluation.batch(1000).documents) == sorted(documents)
 
 
 def test_held_out_rows_warn_when_there_are_fewer(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -138,150 +122,25 @@ def test_shares_are_exact_again_after_a_source_has_ended(tokenizer: Any, tmp_pat
         assert abs(int((rest[:j] == 4).sum()) - 0.75 * j) <= 1
 
 
-@pytest.mark.parametrize("streaming", [True, False])
-def test_local_tables(tokenizer: Any, tmp_path: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    documents = texts(20)
-    table = tmp_path / "in" / "a.jsonl"
-    table.parent.mkdir()
-    table.write_text("\n".join(json.dumps({"text": t, "n": i}) for i, t in enumerate(documents)))
-    import datasets
-
-    datasets.Dataset.from_list([{"content": t} for t in documents]).to_parquet(tmp_path / "b.parquet")
-    for path, column in ((table, "auto"), (table.parent, "text"), (tmp_path / "b.parquet", "auto")):
-        opened = open_source(Source(path=str(path), column=column, streaming=streaming))
-        assert list(opened) == documents
-        assert list(opened) == documents, "a second pass"
-        shuffled = Documents(opened, seed=0).batch(100)
-        assert sorted(shuffled) == sorted(documents)
-        assert (shuffled == documents) == streaming, "only what has a known length is shuffled"
-
-
-def dataset(documents: list[str], column: str = "text") -> Any:
-    import datasets
-
-    return datasets.Dataset.from_dict({column: documents, "n": list(range(len(documents)))})
-
-
-def test_a_dataset_object_is_read_as_its_column_of_text(tokenizer: Any) -> None:
-    documents = texts(30)
-    expected = stream(tokenizer, iter(documents)).take(1000).ids
-    for given in (dataset(documents), dataset(documents, "content").to_iterable_dataset()):
-        rows = stream(tokenizer, given)
-        assert torch.equal(rows.take(len(expected)).ids, expected)
-        assert len(rows.take(100).ids) == 100, "further passes"
-    shuffled, same = (stream(tokenizer, dataset(documents), shuffle=True, seed=0).take(20).ids for _ in range(2))
-    assert torch.equal(shuffled, same)
-    assert not torch.equal(shuffled, expected[:20])
-    with pytest.raises(DataError, match="expected one column 'text' or 'content', found columns 'story', 'n'"):
-        stream(tokenizer, dataset(documents, "story"))
-    with pytest.raises(DataError, match="the documents: expected text, found no documents"):
-        stream(tokenizer, dataset([]))
-
-
-def tables(folder: Path, number: int) -> list[Path]:
-    documents = texts(number)
-    dataset(documents).to_parquet(folder / "a.parquet")
-    (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
-    (folder / "a.json").write_text(json.dumps([{"text": text} for text in documents]))
-    return [folder / name for name in ("a.parquet", "a.jsonl", "a.json")]
-
-
-def test_documents_of_local_tables_are_counted_for_the_share(
-    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for path in tables(tmp_path, 300):
-        cfg = DataConfig(sources=(Source(path=str(path)),), context_size=CONTEXT)
-        assert TokenStream.from_config(cfg, tokenizer).holdout == (0.05,)
-        assert len(held_out_rows(cfg, tokenizer, 5)) == 5
-        monkeypatch.setattr("sae_kit.data.sources.COUNTED_BYTES", 100)
-        assert TokenStream.from_config(cfg, tokenizer).holdout == (0.001,)
-        monkeypatch.undo()
-
-
 def test_shares_and_skipped_documents_can_be_read(tokenizer: Any) -> None:
     rows = stream(tokenizer, [None, *texts(2), ""], holdout=0.25)
     rows.take(1)
-    assert (rows.holdout, rows.skipped_documents) == ((0.25,), 2)
-
-
-def test_a_readme_beside_tables_is_not_data(tmp_path: Path) -> None:
-    for name in ("a.jsonl", "a.json"):
-        tables(tmp_path, 5)[1 if name == "a.json" else 2].unlink()
-        (tmp_path / "a.parquet").unlink()
-        (tmp_path / "README.md").write_text("# about")
-        assert list(open_source(Source(path=str(tmp_path)))) == texts(5)
-
-
-@pytest.mark.parametrize("streaming", [True, False])
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
-def test_an_empty_table_is_said_or_passed_over(
-    tmp_path: Path, suffix: str, streaming: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    folder = tmp_path / "in"
-    folder.mkdir()
-    empty = folder / f"empty{suffix}"
-    empty.touch()
-    with pytest.raises(DataError, match=rf"empty\{suffix}: expected text, found 1 empty file"):
-        open_source(Source(path=str(empty), streaming=streaming))
-    for path in tables(folder, 4):
-        if path.suffix != suffix:
-            path.unlink()
-    assert list(open_source(Source(path=str(folder), streaming=streaming))) == texts(4)
-    assert f"empty{suffix} is empty: skipped" in caplog.text
-
-
-@pytest.mark.parametrize("streaming", [True, False])
-def test_tables_without_rows_or_broken(tmp_path: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    dataset([]).to_parquet(tmp_path / "a.parquet")
-    (tmp_path / "b.json").write_text("[]")
-    (tmp_path / "c.jsonl").write_text("\n\n")
-    (tmp_path / "d.jsonl").write_text('{"text": "w1"}\n{"text": ')
-    for name in ("a.parquet", "b.json", "c.jsonl", "d.jsonl"):
-        with pytest.raises(DataError, match=name):
-            open_source(Source(path=str(tmp_path / name), streaming=streaming))
-
-
-def test_an_empty_text_file_is_said(tokenizer: Any, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").touch()
-    cfg = DataConfig(sources=(Source(path=str(tmp_path / "a.txt")),), context_size=CONTEXT)
-    with pytest.raises(DataError, match=r"a\.txt: expected text, found 1 documents, 1 of them empty"):
-        TokenStream.from_config(cfg, tokenizer).take(1)
-
-
-def test_local_text_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "sub").mkdir()
-    for name, text in (("b.txt", "two"), ("a.py", "one"), ("sub/c.md", "three"), ("d.bin", "no")):
-        (tmp_path / name).write_text(text)
-    (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xfa")
-    assert list(open_source(Source(path=str(tmp_path)))) == ["one", "two", None, "three"]
-    assert "latin.txt is not UTF-8 text: skipped" in caplog.text
-    assert list(open_source(Source(path=str(tmp_path), data_files="*.py"))) == ["one"]
-    assert list(open_source(Source(path=str(tmp_path / "b.txt")))) == ["two"]
-
-
-def test_demo_source_is_split_as_the_corpus_is() -> None:
-    from sae_kit.demo import corpus
-
-    documents = open_source(Source(path="demo"))
-    assert sorted(documents) == sorted(corpus().train + corpus().held_out)
+    assert (rows.holdout, rows.counters["skipped_documents"]) == ((0.25,), 2)
 
 
 def test_empty_documents_are_skipped_and_counted() -> None:
     documents = Documents(["a", None, "", "b"])
-    assert documents.batch(10) == ["a", "b"]
-    assert documents.skipped == 2
+    batch = documents.batch(10)
+    assert (batch.documents, batch.skipped) == (["a", "b"], 2)
 
 
 def test_a_batch_ends_with_its_pass_and_with_its_size() -> None:
     documents = Documents(["a", "b", "c"], epochs=2)
-    assert [documents.batch(2) for _ in range(5)] == [["a", "b"], ["c"], ["a", "b"], ["c"], []]
+    assert [documents.batch(2).documents for _ in range(5)] == [["a", "b"], ["c"], ["a", "b"], ["c"], []]
     long = Documents(["x" * 600_000] * 3, epochs=1)
-    assert [len(long.batch(10)) for _ in range(3)] == [2, 1, 0]
+    assert [len(long.batch(10).documents) for _ in range(3)] == [2, 1, 0]
     even = Documents(["a", "b"], epochs=1)
-    assert [even.batch(2) for _ in range(2)] == [["a", "b"], []]
+    assert [even.batch(2).documents for _ in range(2)] == [["a", "b"], []]
 
 
 def once(*items: Any) -> Iterator[Any]:
@@ -330,34 +189,6 @@ def test_a_split_without_documents_says_what_would_help(tokenizer: Any) -> None:
     everything = [text for text in texts(9) if is_held_out(text, 0.5)]
     with pytest.raises(DataError, match=r"none is left to train on .* data\.holdout=0 and eval\.at_end=false"):
         stream(tokenizer, everything, holdout=0.5).take(1)
-
-
-@pytest.mark.parametrize(
-    ("line", "column", "message"),
-    [
-        ({"a": "x", "b": "y"}, "auto", "expected one column 'text' or 'content', found columns 'a', 'b'; set column"),
-        ({"text": "x", "content": "y"}, "auto", "found columns 'text', 'content'"),
-        ({"a": "x"}, "text", "expected one column 'text', found columns 'a'"),
-        ({"text": [1, 2]}, "auto", "expected text in column 'text', found list"),
-    ],
-)
-def test_columns_that_cannot_be_read(tmp_path: Path, line: dict[str, Any], column: str, message: str) -> None:
-    (tmp_path / "a.jsonl").write_text(json.dumps(line))
-    with pytest.raises(DataError, match=message):
-        open_source(Source(path=str(tmp_path / "a.jsonl"), column=column))
-
-
-def test_sources_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=r"cannot open dataset 'nobody/nothing', split 'train'"):
-        open_source(Source(path="nobody/nothing"))
-    with pytest.raises(DataError, match=r"expected \.txt, .* files, found none"):
-        open_source(Source(path=str(tmp_path)))
-    (tmp_path / "a.txt").write_text("x")
-    (tmp_path / "a.jsonl").write_text("{}")
-    with pytest.raises(DataError, match=r"one kind of files, found \.jsonl, \.txt; choose by data_files"):
-        open_source(Source(path=str(tmp_path)))
 
 
 def test_streams_that_cannot_be_made(tokenizer: Any) -> None:
