@@ -17,7 +17,7 @@ import torch
 
 from sae_kit.data.batch import State
 from sae_kit.data.holdout import is_held_out
-from sae_kit.errors import ConfigError, DataError
+from sae_kit.errors import DataError
 from sae_kit.seeding import generator
 
 Kind = Literal["text", "chat", "tokens"]
@@ -183,8 +183,8 @@ class InTurn(Walk):
 class ByCounting(Walk):
     """A walk over any iterable: to go on, items are passed over."""
 
-    def __init__(self, items: Iterable[Any], name: str) -> None:
-        self._items, self._name = items, name
+    def __init__(self, items: Iterable[Any]) -> None:
+        self._items = items
         self._iterator: Iterator[Any] | None = None
         self._count = 0
 
@@ -201,11 +201,6 @@ class ByCounting(Walk):
         return {"count": self._count}
 
     def load_state_dict(self, state: State) -> None:
-        if isinstance(self._items, Iterator) and (self._count or state["count"]):
-            raise ConfigError(
-                f"{self._name}: an iterator cannot go back to where a former run stood; give a list, another iterable, "
-                "or an object that has state_dict and load_state_dict"
-            )
         self._iterator, self._count = None, state["count"]
 
 
@@ -328,15 +323,10 @@ class Documents:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from there.
-
-        Raises:
-            ConfigError: from an iterator that has no state, unless both are at their beginning.
-        """
+        """Go on from there; what is not `resumable` has to be at its beginning, and stays there."""
         self._passes, self._skipped = state["passes"], state["skipped"]
         self._read, self._given = state["read"], state["given"]
-        if not isinstance(self._items, Iterator):
-            self._walk = None
+        self._walk = None
         if state["walk"] is not None and (walk := self._begin()) is not None:
             walk.load_state_dict(state["walk"])
 
@@ -354,7 +344,7 @@ class Documents:
             return ByItsState(self._items)
         if isinstance(self._items, Sequence):
             return ByPosition(self._items, self._order(len(self._items)))
-        return ByCounting(self._items, self.name)
+        return ByCounting(self._items)
 
     def _order(self, number: int) -> list[int] | None:
         if self._seed is None:

@@ -13,7 +13,7 @@ from sae_kit.data.batch import State
 from sae_kit.data.documents import Documents, Kind
 from sae_kit.data.packing import Packer
 from sae_kit.data.tokenizing import Encoder, ReadAhead
-from sae_kit.errors import DataError
+from sae_kit.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +82,14 @@ class SourceRows(Iterator[Ids]):
         """Go on after that row.
 
         Raises:
-            ConfigError: the source cannot go on where another stood.
+            ConfigError: an iterator without a state of its own, unless both are at their beginning.
         """
+        begun = state["rows"] or state["used"] or state["documents"]["read"]
+        if not self.documents.resumable and (begun or self._before is not None):
+            raise ConfigError(
+                f"{self.documents.name}: an iterator cannot go back to where a former run stood; give a list, another "
+                "iterable, or an object that has state_dict and load_state_dict"
+            )
         self._batches.stop()
         self.documents.load_state_dict(state["documents"])
         self.packer.load_state_dict(state["packer"])

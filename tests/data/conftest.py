@@ -9,6 +9,7 @@ from torch import nn
 
 WORDS, WIDTH, CONTEXT = 61, 32, 16
 BOS, EOS = 0, 1
+TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message.content }} {{ eos_token }} {% endfor %}"
 
 
 @pytest.fixture(scope="session")
@@ -20,9 +21,11 @@ def tokenizer() -> Any:
     vocabulary = {name: i for i, name in enumerate(["<bos>", "<eos>", "<pad>", *(f"w{n}" for n in range(WORDS))])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", model_max_length=CONTEXT
     )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
 
 
 def random_llama() -> Any:
