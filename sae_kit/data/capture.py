@@ -32,7 +32,7 @@ class Reader:
         sites: Iterable[Spelling | BoundSite],
         ids: Int[Tensor, "rows context"],
         lengths: Int[Tensor, " rows"] | None = None,
-    ) -> dict[str, Float[Tensor, "rows context _"]]:
+    ) -> dict[str, Float[Tensor, "..."]]:
         """Values at `sites` in a forward that stops at the last of them; see `capture`.
 
         `lengths` are the ids of each row before its padding, which the other positions then do not attend to.
@@ -129,6 +129,14 @@ def max_context(model: nn.Module) -> int | None:
         if isinstance(limit := getattr(source, name, None), int) and limit > 0:
             return limit
     return None
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """Number of ids that the model can read, or None where it does not say."""
+    inner, config = unwrapped(model), _config(model)
+    config = getattr(config, "text_config", None) or config
+    sizes = (getattr(getattr(inner, "cfg", None), "d_vocab", None), getattr(config, "vocab_size", None))
+    return next((size for size in sizes if isinstance(size, int) and size > 0), None)
 
 
 def device_of(model: nn.Module) -> torch.device:

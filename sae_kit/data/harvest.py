@@ -3,15 +3,17 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from sae_kit.data.batch import Harvested, State, TokenBatch, TokenRows
-from sae_kit.data.capture import capture, device_of
+from sae_kit.data.capture import Reader
 from sae_kit.data.filters import RowFilter
 from sae_kit.data.sites import BoundSite
 from sae_kit.errors import DataError, ShapeError
+
+MEDIAN = "median_norm/"
+"""Beginning of the counter that says a site's median norm, with which norms are compared."""
 
 
 class Harvest(Iterator[Harvested]):
@@ -23,7 +25,7 @@ class Harvest(Iterator[Harvested]):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Reader,
         tokens: TokenRows,
         sites: Sequence[BoundSite],
         *,
@@ -35,9 +37,9 @@ class Harvest(Iterator[Harvested]):
         self.tokens, self.filters = tokens, filters
         self.lm_tokens = 0
         """ids that went through the model"""
-        self._model, self._sites, self._rows = model, sites, rows_per_forward
+        self.reader = model if isinstance(model, Reader) else Reader(model)
+        self._sites, self._rows = sites, rows_per_forward
         self._facts = dict(facts or {})
-        self._device = device_of(model)
         self._given = False
 
     def __next__(self) -> Harvested:
@@ -55,13 +57,13 @@ class Harvest(Iterator[Harvested]):
 
     @property
     def counters(self) -> dict[str, int | float]:
-        """Ids fed to the model; rows dropped by reason; per site the largest norm as a multiple of the median."""
-        ratios = self.filters.max_ratios
+        """Ids fed to the model; rows dropped by reason; per site the median norm, and the largest in units of it."""
         return {
             "lm_tokens": self.lm_tokens,
             **{f"dropped_{reason}": count for reason, count in self.filters.dropped.items()},
-            **{f"max_norm_ratio/{site}": ratio for site, ratio in ratios.items()},
-            **getattr(self.tokens, "counters", {}),
+            **{f"{MEDIAN}{site}": median for site, median in self.filters.medians.items()},
+            **{f"max_norm_ratio/{site}": ratio for site, ratio in self.filters.max_ratios.items()},
+            **self.tokens.counters,
         }
 
     @property
@@ -92,19 +94,13 @@ class Harvest(Iterator[Harvested]):
         self.tokens.close()
 
     def _read(self, tokens: TokenBatch, kept: Int[Tensor, " kept"]) -> Harvested:
-        rows = {site: _rows_at(site, value, tokens, kept) for site, value in self._forward(tokens).items()}
+        values = self.reader.capture(self._sites, tokens.ids, tokens.lengths)
+        rows = {site: _rows_at(site, value, tokens, kept) for site, value in values.items()}
         usable = self.filters.usable(rows)
         if usable is not None:
             kept = kept[usable]
             rows = {site: value.index_select(0, usable.to(value.device)) for site, value in rows.items()}
         return Harvested(rows, tokens, kept)
-
-    def _forward(self, tokens: TokenBatch) -> dict[str, Tensor]:
-        mask: dict[str, Tensor] = {}
-        if tokens.lengths is not None:
-            places = torch.arange(tokens.ids.shape[1])
-            mask["attention_mask"] = (places < tokens.lengths[:, None]).long().to(self._device)
-        return capture(self._model, self._sites, tokens.ids.to(self._device, non_blocking=True), **mask)
 
     def _why_none(self) -> str:
         reasons = ", ".join(f"{count:,} by {reason}" for reason, count in self.filters.dropped.items() if count)

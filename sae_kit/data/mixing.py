@@ -24,9 +24,9 @@ CLUMPED = 16
 
 @runtime_checkable
 class Activations(Resumable, Protocol):
-    """What is mixed: activations in their natural order."""
+    """What is mixed: activations in their natural order, with or without the contexts that they come from."""
 
-    def __next__(self) -> Harvested: ...
+    def __next__(self) -> Harvested | dict[str, Tensor]: ...
 
     @property
     def counters(self) -> Mapping[str, int | float]: ...
@@ -153,14 +153,9 @@ class Mixing(Iterator[dict[str, Tensor]]):
 
     def _read(self) -> bool:
         """One more item of the source into `_pending`; False at the end."""
-        harvested = next(self.source, None)
-        if harvested is not None:
-            context = harvested.tokens.ids.shape[1]
-            self._pending = dict(harvested.rows)
-            self._pending_contexts = ((harvested.kept // context) + self._contexts).to(torch.int32).numpy()
-            self._contexts += len(harvested.tokens)
-            if self._buffer is None:
-                self._warn_of_clumping(context)
+        found = next(self.source, None)
+        if found is not None:
+            self._take_over(found)
             return True
         self._ended = True
         if self._entered == 0 or (self._entered < self.batch_tokens and self.cfg.drop_last):
@@ -171,6 +166,19 @@ class Mixing(Iterator[dict[str, Tensor]]):
             log.warning("the text ends after %d of %d activations", self._entered, self._wanted)
         return False
 
+    def _take_over(self, found: Harvested | dict[str, Tensor]) -> None:
+        if not isinstance(found, Harvested):
+            self._pending, number = found, len(next(iter(found.values())))
+            self._pending_contexts = np.arange(self._contexts, self._contexts + number, dtype=np.int32)
+            self._contexts += number
+            return
+        context = found.tokens.ids.shape[1]
+        self._pending = dict(found.rows)
+        self._pending_contexts = (found.kept // context + self._contexts).to(torch.int32).numpy()
+        self._contexts += len(found.tokens)
+        if self._buffer is None:
+            self._warn_of_clumping(context)
+
     def _warn_of_clumping(self, context: int) -> None:
         if self.cfg.mix == "none":
             return
@@ -178,8 +186,8 @@ class Mixing(Iterator[dict[str, Tensor]]):
         if expected > CLUMPED:
             enough = -(-self.batch_tokens * ((context - 1) + (CLUMPED - 1)) // (2 * (CLUMPED - 1)))
             log.warning(
-                "with a buffer of %d tokens, a batch of %d has about %.0f from each of its contexts: its gradient is as noisy "
-                "as that of a batch %.0f times smaller; buffer.tokens=%d is enough for %d",
+                "with a buffer of %d tokens, a batch of %d has about %.0f from each of its contexts: its gradient is as "
+                "noisy as that of a batch %.0f times smaller; buffer.tokens=%d is enough for %d",
                 self.capacity,
                 self.batch_tokens,
                 expected,

@@ -9,18 +9,21 @@ resumes it as a whole.
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_kit.data.batch import State, TokenRows
 from sae_kit.data.buffer import BufferConfig
-from sae_kit.data.capture import device_of, max_context
+from sae_kit.data.cache import Cache, CacheReader
+from sae_kit.data.capture import Reader, device_of, max_context, vocabulary_size
 from sae_kit.data.filters import PositionSlice, RowFilter
-from sae_kit.data.harvest import Harvest
+from sae_kit.data.harvest import MEDIAN, Harvest
 from sae_kit.data.mixing import Mixing
-from sae_kit.data.models import ModelConfig, load_model
+from sae_kit.data.models import ModelConfig, load_model, model_facts
 from sae_kit.data.prefetch import Prefetch
 from sae_kit.data.sites import Spelling, resolve
 from sae_kit.data.tokens import DataConfig, TokenStream, excluded_ids
@@ -40,11 +43,17 @@ class ActivationsStore(Iterator[dict[str, Tensor]]):
     need. A batch is the caller's own memory.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
+    def __init__(self, mixed: Mixing | CacheReader, *, prefetch: int = 0, device: torch.device | None = None) -> None:
+        """Batches of `mixed`, up to `prefetch` of them made ahead; `device` is where they are made."""
+        self.mixed = mixed
+        self._batches = Prefetch(mixed, prefetch, device) if prefetch else mixed
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module | Reader,
         tokens: TokenRows,
-        sites: Sequence[Spelling],
+        sites: Iterable[Spelling],
         *,
         batch_tokens: int,
         train_tokens: int | None = None,
@@ -54,7 +63,7 @@ class ActivationsStore(Iterator[dict[str, Tensor]]):
         seq_slice: PositionSlice | None = None,
         seed: int = 0,
         facts: Mapping[str, Any] | None = None,
-    ) -> None:
+    ) -> "ActivationsStore":
         """Find the sites and check the sizes; nothing is read before the first batch, `fill` or `peek`.
 
         `facts` say which model this is, as JSON values.
@@ -64,7 +73,7 @@ class ActivationsStore(Iterator[dict[str, Tensor]]):
             ConfigError: rows longer than the model can read, or sizes that do not fit each other.
         """
         cfg = buffer or BufferConfig()
-        self.harvest = harvest(
+        source = harvest(
             model,
             tokens,
             sites,
@@ -74,20 +83,19 @@ class ActivationsStore(Iterator[dict[str, Tensor]]):
             norm_filter=cfg.norm_filter,
             facts=facts,
         )
-        self.tokens = tokens
-        self.mixing = Mixing(self.harvest, cfg, batch_tokens=batch_tokens, train_tokens=train_tokens, seed=seed)
-        device = device_of(model)
+        mixing = Mixing(source, cfg, batch_tokens=batch_tokens, train_tokens=train_tokens, seed=seed)
+        device = device_of(source.reader.model)
         ahead = cfg.prefetch if cfg.prefetch != "auto" else AHEAD if device.type == "cuda" else 0
-        self._batches = Prefetch(self.mixing, ahead, device) if ahead else self.mixing
+        return cls(mixing, prefetch=ahead, device=device)
 
     @classmethod
     def from_config(
         cls,
-        model: ModelConfig | nn.Module,
+        model: ModelConfig | nn.Module | Reader,
         data: DataConfig,
         buffer: BufferConfig | None = None,
         *,
-        sites: Sequence[Spelling],
+        sites: Iterable[Spelling],
         train_tokens: int | None,
         batch_tokens: int,
         seed: int = 0,
@@ -99,10 +107,12 @@ class ActivationsStore(Iterator[dict[str, Tensor]]):
 
         `documents`, an iterable of strings or a dataset, takes the place of `data.sources`.
         """
+        sites = tuple(sites)
         if isinstance(model, ModelConfig):
-            model, own = load_model(model)
-            tokenizer = tokenizer or own
-        return cls(
+            module, own = load_model(model, sites)
+            facts, tokenizer = facts or model_facts(module, model), tokenizer or own
+            model = model.reader(module)
+        return cls.from_model(
             model,
             token_stream(model, data, sites=sites, tokenizer=tokenizer, documents=documents, seed=seed),
             sites,
@@ -111,33 +121,66 @@ class ActivationsStore(Iterator[dict[str, Tensor]]):
             buffer=buffer,
             rows_per_forward=data.rows_per_forward,
             excluded=excluded_ids(data.exclude, tokenizer),
-            seq_slice=getattr(data, "seq_slice", None),
+            seq_slice=data.seq_slice,
             seed=seed,
             facts=facts,
         )
+
+    @classmethod
+    def from_cache(
+        cls,
+        cache: Cache | Path | str,
+        buffer: BufferConfig | None = None,
+        *,
+        sites: Iterable[str] | None = None,
+        batch_tokens: int,
+        train_tokens: int | None = None,
+        epochs: int | None = None,
+        order: Literal["global", "blocks"] = "global",
+        seed: int = 0,
+        expected: Mapping[str, Any] | None = None,
+    ) -> "ActivationsStore":
+        """Batches of activations on disk; `expected` is the provenance of the activations that are wanted.
+
+        Raises:
+            FileNotFoundError, DataError, CorruptFileError, ConfigError, HookNotFoundError: see `CacheReader`.
+        """
+        cfg = buffer or BufferConfig()
+        reader = CacheReader(
+            cache,
+            batch_tokens=batch_tokens,
+            sites=None if sites is None else tuple(sites),
+            order=order,
+            seed=seed,
+            epochs=epochs,
+            tokens=train_tokens,
+            dtype=None if cfg.dtype == "auto" else getattr(torch, cfg.dtype),
+            expected=expected,
+            drop_last=cfg.drop_last,
+        )
+        ahead = 0 if cfg.prefetch == "auto" else cfg.prefetch
+        if order == "global":  # mixed already
+            return cls(reader, prefetch=ahead)
+        return cls(Mixing(reader, cfg, batch_tokens=batch_tokens, train_tokens=train_tokens, seed=seed), prefetch=ahead)
 
     def __next__(self) -> dict[str, Float[Tensor, "batch _"]]:
         return next(self._batches)
 
     def fill(self) -> None:
-        """Fill the buffer, before the first batch.
+        """Fill the buffer, if there is one, before the first batch.
 
         Raises:
             DataError: text that does not give one batch.
         """
-        self.mixing.fill()
+        if isinstance(self.mixed, Mixing):
+            self.mixed.fill()
 
     def peek(self, number: int) -> dict[str, Float[Tensor, "rows _"]]:
         """The first `number` activations, or as many as the buffer holds; nothing is removed.
 
         They are views that hold until the first batch; after it there is no peeking (RuntimeError).
         """
-        return self.mixing.peek(number)
-
-    @property
-    def capacity(self) -> int:
-        """Rows that the buffer holds."""
-        return self.mixing.capacity
+        return self.mixed.peek(number)
 
     @property
     def counters(self) -> Mapping[str, int | float]:
@@ -147,17 +190,14 @@ class ActivationsStore(Iterator[dict[str, Tensor]]):
     @property
     def provenance(self) -> dict[str, Any]:
         """Which activations these are, as JSON values: model, sites, text, packing, filters."""
-        return self.mixing.provenance
+        return dict(self.mixed.provenance)
 
     @property
     def medians(self) -> dict[str, float]:
-        """Site -> the median norm that the norm filter compares with."""
-        return self.harvest.filters.medians
-
-    @property
-    def holdout(self) -> tuple[float, ...]:
-        """Share of its documents that each source keeps for evaluation; none where rows came from elsewhere."""
-        return getattr(self.tokens, "holdout", ())
+        """Site -> the median norm that its rows were compared with; none without a norm filter."""
+        reader = self.mixed.source if isinstance(self.mixed, Mixing) else self.mixed
+        counters = reader.cache.counters if isinstance(reader, CacheReader) else self.counters
+        return {name.removeprefix(MEDIAN): float(n) for name, n in counters.items() if name.startswith(MEDIAN)}
 
     def state_dict(self) -> State:
         """Where the stream stands, just after the last batch; holds until the next one is asked for.
@@ -180,7 +220,7 @@ class ActivationsStore(Iterator[dict[str, Tensor]]):
 
 
 def harvest(
-    model: nn.Module,
+    model: nn.Module | Reader,
     tokens: TokenRows,
     sites: Iterable[Spelling],
     *,
@@ -195,8 +235,9 @@ def harvest(
     Raises:
         HookNotFoundError: a site that is not in the model. ConfigError: rows longer than the model can read.
     """
-    bound = [resolve(model, site) for site in sites]
-    limit = max_context(model)
+    reader = model if isinstance(model, Reader) else Reader(model)
+    bound = [resolve(reader.model, site) for site in sites]
+    limit = max_context(reader.model)
     if limit is not None and tokens.context_size > limit:
         raise ConfigError(
             f"data.context_size: expected at most {limit}, the model's maximum, found {tokens.context_size}"
@@ -204,11 +245,11 @@ def harvest(
     names = [site.spelling for site in bound]
     filters = RowFilter(names, excluded=excluded, seq_slice=seq_slice, norm_filter=norm_filter)
     rows = rows_per_forward or max(1, TOKENS_PER_FORWARD // tokens.context_size)
-    return Harvest(model, tokens, bound, rows_per_forward=rows, filters=filters, facts=facts)
+    return Harvest(reader, tokens, bound, rows_per_forward=rows, filters=filters, facts=facts)
 
 
 def token_stream(
-    model: nn.Module,
+    model: nn.Module | Reader,
     data: DataConfig,
     *,
     sites: Iterable[Spelling] = (),
@@ -219,9 +260,17 @@ def token_stream(
     """Token rows for `model`; `sites` are looked for first, because opening the text may take longer."""
     if tokenizer is None:
         raise ConfigError("expected the tokenizer of the model that was given, found None")
+    model = model.model if isinstance(model, Reader) else model
     for site in sites:
         resolve(model, site)
-    return TokenStream.from_config(data, tokenizer, context_size=default_context(model), documents=documents, seed=seed)
+    return TokenStream.from_config(
+        data,
+        tokenizer,
+        context_size=default_context(model),
+        documents=documents,
+        seed=seed,
+        vocabulary=vocabulary_size(model),
+    )
 
 
 def default_context(model: nn.Module) -> int:

@@ -75,7 +75,7 @@ def test_unmixed_batches_are_in_the_order_of_the_text(llama: nn.Module, tokenize
 
 def test_a_budget_harvests_what_it_needs_and_no_more(llama: nn.Module, tokenizer: Any) -> None:
     store = make(llama, tokenizer, texts(60), train_tokens=5 * BATCH + 7, buffer=None)
-    assert store.capacity == 5 * BATCH
+    assert store.mixed.capacity == 5 * BATCH
     assert len(list(store)) == 5
     forward = 4 * CONTEXT
     needed = 5 * BATCH + store.counters["dropped_special"]
@@ -84,7 +84,7 @@ def test_a_budget_harvests_what_it_needs_and_no_more(llama: nn.Module, tokenizer
 
 def test_a_budget_is_exact_where_neither_batch_nor_forward_divides_the_buffer(llama: nn.Module, tokenizer: Any) -> None:
     store = make(llama, tokenizer, iter(texts(50)), train_tokens=160, batch_tokens=16, buffer=BufferConfig(tokens=33))
-    assert store.capacity == 33
+    assert store.mixed.capacity == 33
     batches = [len(batch[SITES[0]]) for batch in store]
     assert batches == [16] * 10
     assert store.counters["dropped_last"] == 0
@@ -159,7 +159,7 @@ def test_a_forward_without_eligible_ids_is_passed_over_and_counted(llama: nn.Mod
 
 def test_the_share_and_the_skipped_documents_are_known(llama: nn.Module, tokenizer: Any) -> None:
     store = make(llama, tokenizer, iter([None, *texts(20), ""]), DataConfig(holdout=0.25, context_size=CONTEXT))
-    assert store.holdout == (0.25,)
+    assert [source["holdout"] for source in store.provenance["tokens"]["sources"]] == [0.25]
     assert len(list(store)) > 0
     assert store.counters["skipped_documents"] == 2
 
@@ -224,7 +224,7 @@ class Transposed(nn.Module):
 
 def test_context_is_the_models_own_by_default(llama: nn.Module, tokenizer: Any) -> None:
     store = make(llama, tokenizer, texts(20), DataConfig(holdout=0.0))
-    assert store.tokens.context_size == 16
+    assert store.provenance["tokens"]["packing"]["context_size"] == 16
 
 
 def test_a_text_that_ends_early_is_said(llama: nn.Module, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
