@@ -1,0 +1,313 @@
+"""The files of a cache: `manifest.json`, and shards of rows as safetensors.
+
+    r00-000000.safetensors   {site} [rows, width], with {site}.scale [rows, groups] where it is int8
+                             row int64 [rows], pos int32 [rows]: where each activation stands in the text
+                             tokens int32 [contexts, n], lengths int32 [contexts]: the text itself, every position
+                             state.0, state.1 ...: tensors of the data state just after this shard
+
+The data state's JSON stands in the header of the shard, so that a shard says by itself how writing goes on after it. A
+file gets its name when all of it is on the disk, and is a part of the cache when the manifest names it.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import torch
+from jaxtyping import Float, Int32, Int64, Shaped
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sae_kit import config as trees
+from sae_kit.data.batch import State
+from sae_kit.data.cache.quantize import DTYPES, StoredDtype, scales_per_row
+from sae_kit.errors import ConfigError, CorruptFileError, FormatTooNewError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 64 * 2**20  # bytes
+RESERVED = ("row", "pos", "tokens", "lengths")
+SCALE, STATE = ".scale", "state."
+PAGE = 4096
+NAMES_IN_FILES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+AGAIN = "write the cache once more with the same settings: what is whole stays, and only this is harvested anew"
+
+
+# ---- manifest --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteEntry:
+    """One site of a cache."""
+
+    width: int
+    dtype: str
+    """precision in which the model computed it"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """One file of a cache."""
+
+    file: str
+    rows: int
+    contexts: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a cache holds, and where it comes from."""
+
+    format: int
+    version: str
+    """of the sae_kit that began it"""
+    created: str
+    provenance: dict[str, Any]
+    """model, sites, text, tokenizer, filters: everything that decides which rows these are"""
+    dtype: StoredDtype
+    sites: dict[str, SiteEntry]
+    context_size: int
+    tokens: int
+    """activations asked for"""
+    rows_per_shard: int
+    """a shard ends with the first forward that reaches it"""
+    shards: tuple[ShardEntry, ...] = ()
+    counters: dict[str, int | float] = field(default_factory=dict)
+    """of the harvest: tokens that the model read, rows left out by reason"""
+    complete: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Activations stored."""
+        return sum(shard.rows for shard in self.shards)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a cache.
+
+    Raises:
+        FileNotFoundError: there is none.
+        FormatTooNewError, CorruptFileError: it is not understood.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) if folder.is_dir() else "no such folder"
+        raise FileNotFoundError(f"no cache of activations in {folder}: expected {MANIFEST}, found {found or 'nothing'}")
+    if path.stat().st_size > LARGEST_MANIFEST:
+        raise CorruptFileError(f"{path} is larger than {LARGEST_MANIFEST // 2**20} MiB: that is no manifest")
+    try:
+        data = trees.parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptFileError(f"{path} is not valid JSON: {error}") from error
+    found = data.get("format") if isinstance(data, dict) else None
+    if not isinstance(found, int):
+        raise CorruptFileError(f"{path}: expected the manifest of a cache, with a format number, found {found!r}")
+    if found > FORMAT:
+        raise FormatTooNewError(f"{path} has format {found}; this sae_kit reads up to {FORMAT}: upgrade it")
+    try:
+        manifest = trees.structure(Manifest, data)
+    except ConfigError as error:
+        raise CorruptFileError(f"{path}: {error}") from error
+    for shard in manifest.shards:
+        name = PurePosixPath(shard.file)
+        if len(name.parts) != 1 or name.suffix != ".safetensors" or "\\" in shard.file or shard.file.startswith("."):
+            raise CorruptFileError(f"{path}: expected the names of safetensors beside it, found {shard.file!r}")
+    return manifest
+
+
+def write_manifest(manifest: Manifest, folder: Path) -> None:
+    """Replace the manifest, whole or not at all."""
+    text = json.dumps(trees.unstructure(manifest), indent=1, ensure_ascii=False)
+    with _new_file(folder / MANIFEST) as file:
+        file.write(text.encode() + b"\n")
+
+
+# ---- shards ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Consecutive rows of a cache; tensors that are read from the disk as they are touched."""
+
+    name: str
+    rows: int
+    values: Mapping[str, Shaped[Tensor, "rows _"]]
+    """site -> activations as they are stored"""
+    scales: Mapping[str, Float[Tensor, "rows _"]]
+    """site -> scales, where the activations are int8"""
+    tokens: Int32[Tensor, "contexts n"] | None
+    """ids of the contexts, also where no activation was kept; None = not stored"""
+    lengths: Int32[Tensor, " contexts"] | None = None
+    """ids of each context before its padding; None = all are full"""
+    row: Int64[Tensor, " rows"] | None = None
+    """context of each activation, counted from the first of the cache; None = each position of each in turn"""
+    pos: Int32[Tensor, " rows"] | None = None
+    """its position there"""
+    first_context: int = 0
+
+    def places(self, context_size: int) -> Int64[Tensor, " rows"]:
+        """Where each activation stands in `tokens.flatten()`, ascending."""
+        if self.row is None or self.pos is None:
+            return torch.arange(self.rows)
+        return (self.row - self.first_context) * context_size + self.pos
+
+
+def write_shard(path: Path, columns: Mapping[str, Sequence[Tensor]], state: State) -> tuple[int, str]:
+    """Write columns, each the concatenation of its tensors, and the data state after them; bytes and SHA-256."""
+    plain, tensors = _split_state(state)
+    parts = {**columns, **{f"{STATE}{i}": [tensor] for i, tensor in enumerate(tensors)}}
+    # Wide numbers first, so that each tensor begins where numbers of its size may.
+    names = sorted(parts, key=lambda name: (-parts[name][0].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"data_state": json.dumps(plain)}}
+    end = 0
+    for name in names:
+        first, begin = parts[name][0], end
+        shape = [*first.shape]
+        if first.ndim:
+            shape[0] = sum(len(part) for part in parts[name])
+        end += sum(part.nbytes for part in parts[name])
+        header[name] = {"dtype": NAMES_IN_FILES[first.dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % PAGE)
+    digest = hashlib.sha256()
+    with _new_file(path) as file:
+        for block in (len(text).to_bytes(8, "little"), text, *(_bytes_of(p) for name in names for p in parts[name])):
+            file.write(block)
+            digest.update(block)
+    return 8 + len(text) + end, digest.hexdigest()
+
+
+def read_state(path: Path) -> State:
+    """The data state just after a shard."""
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys() if name.startswith(STATE)}  # noqa: SIM118
+        plain = json.loads((file.metadata() or {})["data_state"])
+    return _join_state(plain, tensors)
+
+
+def damage(entry: ShardEntry, folder: Path, *, verify: bool = False) -> str | None:
+    """What is wrong with the file of a shard; `verify` reads and hashes all of it."""
+    path = folder / entry.file
+    if not path.is_file():
+        return f"{path} is missing"
+    if (size := path.stat().st_size) != entry.bytes:
+        return f"{path} is torn: expected {entry.bytes:,} bytes, found {size:,}"
+    if verify:
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
+                return f"{path} does not hold what was written: its hash differs from the manifest's"
+    return None
+
+
+def open_shard(manifest: Manifest, index: int, folder: Path) -> Shard:
+    """A shard whose file is as long as it should be, checked against the manifest.
+
+    Raises:
+        CorruptFileError: it holds other tensors than the manifest says.
+    """
+    entry = manifest.shards[index]
+    path, rows = folder / entry.file, entry.rows
+    expected = {"row": (rows,), "pos": (rows,), "lengths": (entry.contexts,)}
+    expected |= {"tokens": (entry.contexts, manifest.context_size)}
+    expected |= {site: (rows, found.width) for site, found in manifest.sites.items()}
+    if manifest.dtype == "int8":
+        expected |= {site + SCALE: (rows, scales_per_row(found.width)) for site, found in manifest.sites.items()}
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys() if not name.startswith(STATE)}  # noqa: SIM118
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+    wrong += [site for site in manifest.sites if site in found and tensors[site].dtype != DTYPES[manifest.dtype]]
+    if wrong:
+        raise CorruptFileError(f"{path}: {', '.join(dict.fromkeys(wrong))} is not what {MANIFEST} says; {AGAIN}")
+    lengths = tensors["lengths"]
+    return Shard(
+        name=entry.file,
+        rows=rows,
+        values={site: tensors[site] for site in manifest.sites},
+        scales={site: tensors[site + SCALE] for site in manifest.sites if site + SCALE in expected},
+        row=tensors["row"],
+        pos=tensors["pos"],
+        tokens=tensors["tokens"],
+        lengths=None if bool((lengths == manifest.context_size).all()) else lengths,
+        first_context=sum(before.contexts for before in manifest.shards[:index]),
+    )
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete files that writing left when it was killed."""
+    for path in folder.glob(".*.tmp-*"):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _new_file(path: Path) -> Generator[BinaryIO, None, None]:
+    """A file that gets its name when the block ends well and the disk has all of it, and vanishes otherwise."""
+    new = path.with_name(f".{path.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    try:
+        with new.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+@contextmanager
+def _opened(path: Path) -> Generator[Any, None, None]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except SafetensorError as error:
+        raise CorruptFileError(f"{path} cannot be read as safetensors ({error}); {AGAIN}") from error
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _split_state(state: Any) -> tuple[Any, list[Tensor]]:
+    """A state as JSON that has `{"$tensor": i}` in the place of each tensor, and the tensors."""
+    tensors: list[Tensor] = []
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            return {"$tensor": len(tensors) - 1}
+        if isinstance(value, Mapping):
+            return {str(key): plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return plain(state), tensors
+
+
+def _join_state(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {"$tensor"}:
+            return tensors[f"{STATE}{value['$tensor']}"]
+        return {key: _join_state(item, tensors) for key, item in value.items()}
+    return [_join_state(item, tensors) for item in value] if isinstance(value, list) else value

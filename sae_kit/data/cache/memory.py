@@ -1,0 +1,45 @@
+"""Tensors over memory that others own, such as mapped files, and many of them seen as one.
+
+All shards of a cache lie in one address space. So a row of any of them is some multiple of a step away from the lowest
+one, and a tensor with that step as its stride, whose rows overlap, has every row of every shard among its own: a batch
+is one call, whichever shards its rows are in, and comes out in the order that was asked for.
+"""
+
+import ctypes
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Int, Shaped
+from torch import Tensor
+
+
+def tensor_at(address: int, size: int, dtype: torch.dtype, owner: object) -> Shaped[Tensor, " numbers"]:
+    """`size` bytes at an address, for reading; `owner` lives as long as the tensor."""
+    memory = (ctypes.c_byte * size).from_address(address)
+    memory.owner = owner  # pyright: ignore[reportAttributeAccessIssue]
+    return torch.frombuffer(memory, dtype=dtype)
+
+
+class Column:
+    """Tensors anywhere in memory, [rows, width] each: row r of tensor s is row `first[s] + r * step` of all."""
+
+    def __init__(self, parts: Sequence[Shaped[Tensor, "_ width"]]) -> None:
+        width, dtype = parts[0].shape[1], parts[0].dtype
+        row = width * dtype.itemsize
+        lowest = min(part.data_ptr() for part in parts)
+        span = max(part.data_ptr() + part.nbytes for part in parts) - lowest
+        unit = math.gcd(row, *(part.data_ptr() - lowest for part in parts))
+        memory = tensor_at(lowest, span, dtype, parts)
+        self._all = memory.as_strided(((span - row) // unit + 1, width), (unit // dtype.itemsize, 1))
+        self._first = np.array([(part.data_ptr() - lowest) // unit for part in parts])
+        self._step = row // unit
+
+    def gather(
+        self, shards: Int[np.ndarray, " rows"], places: Int[np.ndarray, " rows"]
+    ) -> Shaped[Tensor, "rows width"]:
+        """Row `places[i]` of tensor `shards[i]`, for each i, in memory of its own."""
+        numbers = places * self._step
+        numbers += self._first[shards]
+        return self._all.index_select(0, torch.from_numpy(numbers))
