@@ -8,18 +8,20 @@ import functools
 import importlib
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from sae_kit.data.models import model_path
+from sae_kit.data.models import Compatibility, ModelConfig, load_model, model_path
 from sae_kit.errors import ConfigError
 from sae_kit.sae import SAE
 from sae_kit.splicing import Attachment, SAEs, attach, attached, detach_at, spliced_sites
 
 __all__ = ["Attachment", "HookedSAETransformer", "SAETransformerBridge", "attached"]
 
-PROCESSING = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
+PROCESSING = tuple(field.name for field in fields(Compatibility))
 """Weight processing of TransformerLens, each on by default in `from_pretrained`."""
 
 
@@ -47,6 +49,9 @@ class _SAEMethods:
         """
         flags = {flag: kwargs.pop(flag, True) for flag in PROCESSING}
         if not hasattr(cls, "boot_transformers"):
+            if Path(model_path(name)).is_dir():  # TransformerLens 3 knows only names
+                cfg = ModelConfig(name=name, host="hooked", compat=Compatibility(**flags), **kwargs)
+                return cls.from_model(load_model(cfg)[0])
             return super().from_pretrained(model_path(name), **flags, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         model = cls.from_pretrained_no_processing(name, **kwargs)
         model.enable_compatibility_mode(**flags)
@@ -57,7 +62,7 @@ class _SAEMethods:
         """The model `name` with its weights as published."""
         boot = getattr(cls, "boot_transformers", None)
         if boot is None:
-            return super().from_pretrained_no_processing(model_path(name), **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            return cls.from_pretrained(name, **dict.fromkeys(PROCESSING, False), **kwargs)
         return cls.from_model(boot(model_path(name), **kwargs))
 
     @property

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from sae_kit.data.sites import IO, BoundSite, Handle, Spelling, resolve
+from sae_kit.data.sites import IO, BoundSite, Handle, Spelling, resolve, unwrapped
 from sae_kit.errors import ConfigError, HookNotFoundError, ShapeError, SiteDidNotFireError, did_you_mean
 from sae_kit.hooks import HookPoint
 from sae_kit.sae import SAE
@@ -49,6 +49,7 @@ RESIDUAL = frozenset({"hook_resid_pre", "hook_resid_post", "hook_attn_out", "hoo
 """Classic names whose values are as wide as the residual stream."""
 
 _TABLE = "_sae_kit_splices"
+_Key = tuple[int, IO, int | None]
 
 
 @contextmanager
@@ -323,9 +324,12 @@ def detach_at(model: nn.Module, names: Sequence[str] | None = None) -> None:
         _clear(stack)
 
 
-def _stack_at(stacks: Iterable[list[_Splice]], name: str) -> list[_Splice]:
+def _stack_at(stacks: Sequence[list[_Splice]], name: str) -> list[_Splice]:
     for stack in stacks:
-        if stack and (name == stack[-1].site.spelling or name in stack[-1].site.names):
+        if stack and name == stack[-1].site.spelling:
+            return stack
+    for stack in stacks:
+        if stack and name in stack[-1].site.names:
             return stack
     near = did_you_mean(name, [stack[-1].site.spelling for stack in stacks])
     raise HookNotFoundError(f"no SAE is attached at {name!r}.{near}")
@@ -347,7 +351,7 @@ def _bind(model: nn.Module, saes: SAEs) -> list[_Bound]:
         found = [(site_of(model, require_sae(saes)), saes)]
     bound = [_Bound(site, sae, read_site_of(model, sae)) for site, sae in found]
     places = {_key(stack[-1].site): stack[-1].sae for stack in _table(model).values()}
-    new: dict[tuple[int, IO], SAE] = {}
+    new: dict[_Key, SAE] = {}
     for site, sae, _ in bound:
         _check(model, site, sae)
         if _key(site) in new:
@@ -438,6 +442,8 @@ def _check(model: nn.Module, site: BoundSite, sae: SAE) -> None:
 
 def _known_width(model: nn.Module, site: BoundSite) -> int | None:
     """Width of the values at a site where names or modules say it; None where only a forward can tell."""
+    if site.head is not None:
+        return None
     if site.site.io != "hook":
         features = getattr(site.module, "in_features" if site.site.io == "in" else "out_features", None)
         return features if isinstance(features, int) else None
@@ -453,13 +459,14 @@ def _wrong_width(site: BoundSite, sae: SAE, width: int) -> ShapeError:
     )
 
 
-def _key(site: BoundSite) -> tuple[int, IO]:
-    return id(site.module), site.site.io
+def _key(site: BoundSite) -> _Key:
+    return id(site.module), site.site.io, site.head
 
 
-def _table(model: nn.Module) -> dict[tuple[int, IO], list[_Splice]]:
+def _table(model: nn.Module) -> dict[_Key, list[_Splice]]:
     """Stacks of splices by place, kept with the model; a bridge and the model inside it share one."""
-    inner = getattr(model, "original_model", model)
+    host = unwrapped(model)
+    inner = getattr(host, "original_model", host)
     return inner.__dict__.setdefault(_TABLE, {})
 
 

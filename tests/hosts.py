@@ -1,7 +1,13 @@
-"""Small random hosts for tests that splice: two families as plain models and as bridges, and a model by hand."""
+"""Small random hosts: ten families as plain models, as bridges and as HookedTransformers, and a model by hand."""
 
+import functools
+import importlib
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
+import pytest
 import torch
 from helpers import D_IN, D_SAE, make_sae
 from torch import Tensor, nn
@@ -10,28 +16,31 @@ from sae_kit import StandardSAEConfig
 from sae_kit.metadata import SAEMetadata
 from sae_kit.sae import SAE
 
-VOCABULARY, LAYERS = 61, 3
+VOCABULARY, LAYERS, HEADS = 61, 3, 4
+
+
+FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_neox", "phi3", "olmo2")
+BLOCKS = dict.fromkeys(FAMILIES, "model.layers") | {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}
+"""Where a plain model has its blocks."""
 
 
 def plain(family: str) -> Any:
-    """A random Hugging Face model of width D_IN, in eval mode."""
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+    """A random Hugging Face model of width D_IN, in eval mode; `family` is its `model_type`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    shape: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1}
+    shape: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    shape |= {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "hidden_size": D_IN}
+    shape |= {"max_position_embeddings": 32}
+    if family != "gpt2":
+        shape["intermediate_size"] = 48
+    if family not in ("gpt2", "gpt_neox"):
+        shape["num_key_value_heads"] = HEADS if family in ("llama", "phi3") else 2
+    if family.startswith(("gemma", "qwen3", "mistral")):
+        shape["head_dim"] = D_IN // HEADS
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        if family == "gpt2":
-            return GPT2LMHeadModel(GPT2Config(n_embd=D_IN, n_layer=LAYERS, n_head=4, n_positions=32, **shape)).eval()
-        config = LlamaConfig(
-            hidden_size=D_IN,
-            intermediate_size=48,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=32,
-            **shape,
-        )
-        return LlamaForCausalLM(config).eval()
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape), attn_implementation="eager")
+    return model.eval()
 
 
 def bridge(family: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
@@ -40,6 +49,54 @@ def bridge(family: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
 
     model = plain(family).to(dtype)
     return build_bridge_from_module(model, type(model).__name__, hf_config=model.config, tokenizer=None)
+
+
+HAS_HOOKED = version("transformer-lens").startswith("3.")
+"""TransformerLens 4 has no HookedTransformer."""
+
+HOOKED = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "phi3") if HAS_HOOKED else ()
+"""Families that TransformerLens converts to a HookedTransformer from a config; the others it knows by name alone."""
+
+on_hooked = pytest.mark.parametrize(
+    "family", HOOKED or [pytest.param("", marks=pytest.mark.skip(reason="TransformerLens 4 has no HookedTransformer"))]
+)
+
+
+def hooked(family: str) -> Any:
+    """The same as a HookedTransformer with raw weights."""
+    HookedTransformer = importlib.import_module("transformer_lens").HookedTransformer
+    loading = importlib.import_module("transformer_lens.loading_from_pretrained")
+    model = plain(family)
+    model.config.n_ctx = model.config.max_position_embeddings  # of gpt2; today's configs leave it out
+    with tempfile.TemporaryDirectory(prefix="host") as folder:
+        model.save_pretrained(folder)
+        config = loading.get_pretrained_model_config(folder, hf_cfg=model.config.to_dict(), device="cpu")
+        weights = loading.get_pretrained_state_dict(folder, config, model)
+    config.tokenizer_name = None
+    host = HookedTransformer(config, move_to_device=False)
+    raw = {"fold_ln": False, "center_writing_weights": False, "center_unembed": False, "fold_value_biases": False}
+    host.load_and_process_state_dict(weights, **raw)
+    return host.eval()
+
+
+MAKERS: dict[str, Callable[[str], Any]] = {"plain": plain, "bridge": bridge, "hooked": hooked}
+
+
+@functools.cache
+def shared(kind: str, family: str) -> Any:
+    """A host that tests only read, or leave as it was: "plain", "bridge" or "hooked"."""
+    return MAKERS[kind](family).requires_grad_(False)
+
+
+def kinds(family: str) -> list[str]:
+    """The hosts that there are of a family."""
+    return ["plain", "bridge", *(["hooked"] if family in HOOKED else [])]
+
+
+def log_probabilities(host: nn.Module, tokens: Tensor) -> Tensor:
+    """[rows, context, vocabulary], of any host."""
+    out = host(tokens)
+    return (out if isinstance(out, Tensor) else out.logits).log_softmax(-1)
 
 
 def ids(rows: int = 2, context: int = 8, seed: int = 1) -> Tensor:

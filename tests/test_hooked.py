@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import D_SAE, make_sae
-from hosts import bridge, fail, ids, plain, sae_at
+from hosts import HAS_HOOKED, bridge, fail, hooked, ids, plain, sae_at
 
 from sae_kit import HookedSAETransformer, SAEMetadata, SAETransformerBridge, attached
 from sae_kit.errors import ConfigError, HookNotFoundError
@@ -26,11 +26,31 @@ def test_from_model_changes_the_class_in_place() -> None:
     clean = host(ids())
     model = HookedSAETransformer.from_model(host)
     assert model is host
-    assert isinstance(host, HookedSAETransformer)
+    assert isinstance(host, SAETransformerBridge)
     assert SAETransformerBridge.from_model(model) is model
     assert model(ids()).equal(clean)
     with pytest.raises(ConfigError, match=r"found LlamaForCausalLM; sae_kit\.attached works on any"):
         HookedSAETransformer.from_model(plain("llama"))
+
+
+@pytest.mark.skipif(not HAS_HOOKED, reason="TransformerLens 4 has no HookedTransformer")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "site", [SITE, EARLIER, "blocks.2.attn.hook_z", "blocks.2.attn.hook_z[1]", "blocks.1.mlp.hook_in"]
+)
+def test_a_hooked_transformer_is_spliced_as_a_bridge_is(family: str, site: str) -> None:
+    sae = sae_at(site, d_in=8 if site.endswith("]") else 32)
+    results = []
+    for model in (HookedSAETransformer.from_model(hooked(family)), HookedSAETransformer.from_model(bridge(family))):
+        clean, names = model(ids()), set(model.hook_dict)
+        torch.testing.assert_close(
+            model.run_with_saes(ids(), saes={site: sae}, use_error_term=True), clean, rtol=0, atol=1e-5
+        )
+        results.append(model.run_with_saes(ids(), saes={site: sae}).log_softmax(-1))
+        assert (results[-1] - clean.log_softmax(-1)).abs().max() > 1e-3
+        assert model(ids()).equal(clean)
+        assert set(model.hook_dict) == names
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-4)
 
 
 def test_added_saes_stay_until_reset(llama: Any) -> None:

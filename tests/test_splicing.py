@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import D_IN, D_SAE, make_sae
-from hosts import Toy, bridge, differ, fail, identity_sae, ids, plain, sae_at
+from hosts import BLOCKS, Toy, bridge, differ, fail, identity_sae, ids, plain, sae_at
 from torch import Tensor, nn
 
 from sae_kit import HookedSAETransformer, SAEMetadata, attached
@@ -14,7 +14,7 @@ from sae_kit.splicing import INTERNALS
 SITE, EARLIER, LATER = "blocks.1.hook_resid_post", "blocks.0.hook_mlp_out", "blocks.2.attn.hook_z"
 CANONICAL = "blocks.1.hook_out"
 ACTS = f"{SITE}.hook_sae_acts_post"
-BLOCKS = {"llama": "model.layers", "gpt2": "transformer.h"}
+
 
 families = pytest.mark.parametrize("family", ["llama", "gpt2"])
 every_site = pytest.mark.parametrize("site", [SITE, EARLIER, LATER, CANONICAL, "blocks.2.hook_resid_pre"])

@@ -4,6 +4,7 @@ A plain model is the cheapest to read. A TransformerBridge is made around one th
 read once whatever the host turns out to be. A HookedTransformer copies them into modules of its own.
 """
 
+import importlib
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -103,6 +104,21 @@ def load_model(cfg: ModelConfig, sites: Iterable[Spelling] = ()) -> tuple[nn.Mod
     return model.eval().requires_grad_(False), tokenizer
 
 
+def model_facts(model: nn.Module, cfg: ModelConfig | None = None) -> dict[str, Any]:
+    """Which model gives the activations, as JSON values: what must be equal for them to be equal."""
+    cfg = cfg or ModelConfig()
+    parameter = next(model.parameters(), None)
+    compat = asdict(cfg.compat or Compatibility())
+    return {
+        "name": cfg.name,
+        "revision": cfg.revision,
+        "dtype": None if parameter is None else str(parameter.dtype).removeprefix("torch."),
+        "autocast": cfg.autocast,
+        "compat": compat if any(compat.values()) else None,
+        "forward_kwargs": dict(cfg.forward_kwargs),
+    }
+
+
 def model_path(name: str) -> str:
     """Where `name` is read from: "demo" is the model that comes with the package, all else stands for itself."""
     if name != "demo":
@@ -126,7 +142,7 @@ def _plain(cfg: ModelConfig, device: str) -> Any:
 
     dtype = cfg.dtype if cfg.dtype != "auto" else "float32" if device.startswith("cpu") else "auto"
     eager = cfg.host == "bridge" and cfg.attn_implementation is None  # its attention patterns can be read
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         model_path(str(cfg.name)),
         revision=cfg.revision,
         dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -165,15 +181,19 @@ def _bridge(cfg: ModelConfig, model: Any) -> Any:
 
 
 def _hooked(cfg: ModelConfig, model: Any) -> Any:
-    from transformer_lens import loading_from_pretrained as loading
+    loading = importlib.import_module("transformer_lens.loading_from_pretrained")
 
     flags: Mapping[str, bool] = asdict(cfg.compat or Compatibility())
     name, hooked = model_path(str(cfg.name)), _hooked_transformer()
-    # Its own from_pretrained takes no folder, and prints.
-    config = loading.get_pretrained_model_config(
-        name, hf_cfg=model.config.to_dict(), fold_ln=flags["fold_ln"], device=str(model.device), dtype=model.dtype
-    )
-    weights = loading.get_pretrained_state_dict(name, config, model, dtype=model.dtype)
+    try:  # its own from_pretrained takes no folder, and prints
+        config = loading.get_pretrained_model_config(
+            name, hf_cfg=model.config.to_dict(), fold_ln=flags["fold_ln"], device=str(model.device), dtype=model.dtype
+        )
+        weights = loading.get_pretrained_state_dict(name, config, model, dtype=model.dtype)
+    except (AttributeError, KeyError, NotImplementedError) as error:
+        raise ConfigError(
+            f'TransformerLens cannot make a HookedTransformer of {cfg.name!r} ({error}); choose host="bridge"'
+        ) from error
     host = hooked(config, _tokenizer(cfg, add_bos_token=True), move_to_device=False)
     host.load_and_process_state_dict(weights, **flags)
     host.move_model_modules_to_device()
@@ -181,10 +201,8 @@ def _hooked(cfg: ModelConfig, model: Any) -> Any:
 
 
 def _hooked_transformer() -> Any:
-    import transformer_lens
-
     try:
-        return transformer_lens.HookedTransformer
+        return importlib.import_module("transformer_lens").HookedTransformer
     except ImportError as error:  # how TransformerLens 4 says that the class is gone
         raise ConfigError(
             'model.host: TransformerLens 4 has no HookedTransformer: choose "bridge", which processes weights in the '

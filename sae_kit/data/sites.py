@@ -246,6 +246,8 @@ class _Host:
             raise HookNotFoundError(
                 f"hook {name!r} sleeps in this model: call model.set_{switch}(True) before reading it"
             )
+        if self._means_something_else(name):
+            raise HookNotFoundError(f"hook {name!r} is another value in this model than elsewhere: use a module path")
         # A bridge's hook_resid_mid is the input of a norm: an edit there would miss the skip path.
         aside = bool(ends & BESIDE_THE_FLOW) or (self.is_bridge and _last(name) == "hook_resid_mid")
         site = BoundSite(name, Site(canonical, "hook"), point, tuple(names), writable=not aside)
@@ -326,6 +328,11 @@ class _Host:
             found = self.module(classic.removesuffix(inside) + HOOKED_MODULES[inside])
         return None if found is None else replace(found, spelling=name)
 
+    def _means_something_else(self, name: str) -> bool:
+        """Whether a bridge has a normalised value where models of this kind have none of that name."""
+        listed = self.is_bridge and self.layouts and self.layouts[0].is_listed
+        return bool(listed) and _in_block(name) in DERIVED - self.layouts[0].family.places.keys()
+
     def _place(self, name: str) -> Place | None:
         """Where in a Hugging Face model the value of that name is, if that is known and is one place."""
         if len(self.layouts) != 1 or len(self.layouts[0].stacks) != 1 or _in_block(name) in DERIVED:
@@ -398,10 +405,11 @@ def _in_block(name: str) -> str:
 
 def _classic(name: str) -> str:
     """The name of a HookPoint for a module of a HookedTransformer that stands for one."""
-    inside = _in_block(name)
+    place = _place(name)
+    spelt = f"{place.path}:{place.io}"
     for point, module in HOOKED_MODULES.items():
-        if inside == module:
-            return name.removesuffix(inside) + point
+        if _in_block(spelt) == module:
+            return spelt.removesuffix(module) + point
     return name
 
 
