@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_kit.data.batch import State, TokenBatch
@@ -52,18 +52,12 @@ class RowFilter:
         self.dropped = dict.fromkeys(("pad", "special", "slice", "nonfinite", "norm"), 0)
         self._ids = torch.tensor(self.excluded, dtype=torch.int64)
         self._norms = {site: RunningMedian() for site in sites}
+        self.medians: dict[str, float] = {}
+        """site -> the median norm that the rows of the last forward were compared with"""
+        self.max_ratios: dict[str, float] = {}
+        """site -> the largest norm seen, dropped ones included, in units of the median"""
         self._passed = 0
         self._said = False
-
-    @property
-    def medians(self) -> dict[str, float]:
-        """Site -> the median norm that its rows are compared with; empty without a norm filter or before a row."""
-        return {site: norms.median for site, norms in self._norms.items() if norms.count}
-
-    @property
-    def max_ratios(self) -> dict[str, float]:
-        """Site -> the largest norm seen, dropped ones included, as a multiple of the median."""
-        return {site: norms.max_ratio for site, norms in self._norms.items() if norms.count}
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -115,7 +109,7 @@ class RowFilter:
         if self.norm_filter is not None:
             short = [self._norms[site].observe(norm, finite) <= self.norm_filter for site, norm in norms.items()]
             passed = finite & torch.stack(short).all(0)
-        if bool(passed.all()):  # nearly always
+        if self._all(passed):  # nearly always
             self._learn(norms, None)
             return None
         finite, passed = finite.cpu(), passed.cpu()
@@ -131,13 +125,25 @@ class RowFilter:
         return {
             "dropped": dict(self.dropped),
             "passed": self._passed,
+            "medians": dict(self.medians),
+            "max_ratios": dict(self.max_ratios),
             "norms": {site: norms.state_dict() for site, norms in self._norms.items()},
         }
 
     def load_state_dict(self, state: State) -> None:
         self.dropped, self._passed = dict(state["dropped"]), state["passed"]
+        self.medians, self.max_ratios = dict(state["medians"]), dict(state["max_ratios"])
         for site, norms in self._norms.items():
             norms.load_state_dict(state["norms"][site])
+
+    def _all(self, passed: Bool[Tensor, " rows"]) -> bool:
+        """Whether all rows passed; medians and ratios come from the device by the same wait."""
+        device, sites = passed.device, tuple(self._norms) if self.norm_filter is not None else ()
+        waiting = [passed.all(), *(number for site in sites for number in self._norms[site].numbers)]
+        every, *numbers = torch.stack([number.to(device, torch.float64) for number in waiting]).tolist()
+        self.medians = dict(zip(sites, numbers[::2], strict=True))
+        self.max_ratios = dict(zip(sites, numbers[1::2], strict=True))
+        return every == 1
 
     def _learn(self, norms: Mapping[str, Float[Tensor, " rows"]], kept: Int[Tensor, " kept"] | None) -> None:
         if self.norm_filter is None:
@@ -165,12 +171,9 @@ class RunningMedian:
         self._median = self._largest = torch.zeros(())
 
     @property
-    def median(self) -> float:
-        return float(self._median)
-
-    @property
-    def max_ratio(self) -> float:
-        return float(self._largest)
+    def numbers(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """The median, and the largest number seen in units of it."""
+        return self._median, self._largest
 
     def observe(self, norms: Float[Tensor, " rows"], finite: Tensor) -> Float[Tensor, " rows"]:
         """`norms` as multiples of the median, to which the finite ones of them belong as long as it still moves."""

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sae_kit.data.batch import TokenBatch
-from sae_kit.data.capture import capture, device_of, max_context, without_cache
+from sae_kit.data.capture import Reader, device_of, max_context
 from sae_kit.data.filters import PositionSlice, RowFilter
 from sae_kit.data.sites import BoundSite
 from sae_kit.errors import ConfigError, DataError, SiteDidNotFireError, did_you_mean
@@ -129,7 +129,7 @@ class _Subject:
 @torch.no_grad()
 def evaluate(
     saes: SAE | Mapping[str, SAE],
-    model: nn.Module,
+    model: nn.Module | Reader,
     rows: Int[Tensor, "rows context"],
     *,
     excluded_ids: Collection[int] = (),
@@ -165,6 +165,8 @@ def evaluate(
         raise ConfigError(f"ablation: expected 'zero' or 'mean', found {ablation!r}")
     if fidelity_tokens < 1 or (rows_per_forward is not None and rows_per_forward < 1):
         raise ConfigError("fidelity_tokens and rows_per_forward must be at least 1")
+    reader = model if isinstance(model, Reader) else Reader(model)
+    model = reader.model
     limit = max_context(model)
     if limit is not None and rows.shape[1] > limit:
         raise ConfigError(f"rows: expected at most {limit} ids, the model's maximum, found {rows.shape[1]}")
@@ -173,7 +175,7 @@ def evaluate(
     named = saes if isinstance(saes, Mapping) else {"sae": saes}
     subjects = {name: _subject(require_sae(sae), model, metrics) for name, sae in named.items()}
     filters = RowFilter([], excluded=tuple(excluded_ids), seq_slice=seq_slice)
-    run = _Pass(model, list(subjects.values()), filters, max_norms or {}, ablation, rows_per_forward)
+    run = _Pass(reader, list(subjects.values()), filters, max_norms or {}, ablation, rows_per_forward)
     with _evaluating(model):
         tokens = run.over(rows, fidelity_tokens if "fidelity" in metrics else 0)
     return EvalReport(
@@ -188,14 +190,15 @@ class _Pass:
 
     def __init__(
         self,
-        model: nn.Module,
+        reader: Reader,
         subjects: list[_Subject],
         filters: RowFilter,
         max_norms: Mapping[str, float],
         ablation: str,
         rows_per_forward: int | None,
     ) -> None:
-        self._model, self._subjects, self._filters = model, subjects, filters
+        self._reader, self._subjects, self._filters = reader, subjects, filters
+        self._model = reader.model
         self._sites = {site.spelling: site for s in subjects for site in (*s.reads, *s.writes)}
         self._max_norms = {site: norm for site, norm in max_norms.items() if site in self._sites}
         self._spliced = [s for s in subjects if s.is_spliced]
@@ -203,8 +206,7 @@ class _Pass:
         means = {s.place: Moments(s.sae.d_out, s.sae.device) for s in self._spliced}
         self._means = means if ablation == "mean" else {}
         self._rows_per_forward = rows_per_forward
-        self._device = device_of(model)
-        self._kwargs = without_cache(model)
+        self._device = device_of(reader.model)
 
     def over(self, rows: Int[Tensor, "rows context"], fidelity_tokens: int) -> dict[str, int]:
         """Feed every family; `fidelity_tokens=0` leaves out what needs logits."""
@@ -220,7 +222,7 @@ class _Pass:
                 with observed(self._model, self._sites.values(), view) as values:
                     clean = self._logits(ids)
             else:
-                values = capture(self._model, self._sites.values(), ids, **self._kwargs)
+                values = self._reader.capture(self._sites.values(), ids)
             values, positions = self._within_norms(values, positions)
             eligible += positions.number
             ce_positions += positions.n_targets if with_logits else 0
@@ -304,7 +306,7 @@ class _Pass:
         return lambda value: mean.to(value).expand_as(value)
 
     def _logits(self, ids: Int[Tensor, "rows context"]) -> Float[Tensor, "rows context vocabulary"]:
-        out = self._model(ids, **self._kwargs)
+        out = self._reader(ids)
         return out if isinstance(out, Tensor) else out.logits
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from sae_kit import config as trees
 from sae_kit.config import Tokens
 from sae_kit.data.buffer import BufferConfig
+from sae_kit.data.cache import CacheConfig
 from sae_kit.data.models import ModelConfig
 from sae_kit.data.tokens import DataConfig
 from sae_kit.errors import ConfigError
@@ -156,6 +157,8 @@ class RunConfig:
     """its text"""
     buffer: BufferConfig = field(default_factory=BufferConfig)
     """where activations are mixed"""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """activations on disk"""
     saes: dict[str, SAEEntry] = field(default_factory=dict)
     """name -> SAE"""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -174,6 +177,11 @@ class RunConfig:
             if name is not None and (not name or Path(name).name != name or name == ".." or "\\" in name):
                 raise ConfigError(f"{where}: {name!r} cannot be the name of one folder, which it is to become")
         self.schedule.build(self.train.tokens)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Every site that some SAE reads or writes, once, sorted."""
+        return tuple(sorted({site for entry in self.saes.values() for sites in entry.sites for site in sites}))
 
     @classmethod
     def from_dict(cls, data: object, where: str = "") -> "RunConfig":

@@ -12,27 +12,24 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Int
-from torch import Tensor, nn
+from torch import nn
 
 from sae_kit import config as trees
-from sae_kit.data.capture import site_width
-from sae_kit.data.models import load_model
-from sae_kit.data.store import ActivationsStore, default_context
-from sae_kit.data.tokens import excluded_ids, held_out_rows, special_id
+from sae_kit.data.cache import push_cache, write_cache
 from sae_kit.devices import pick_device
 from sae_kit.errors import ConfigError, OutputExistsError, ShapeError
-from sae_kit.evals import Metrics, evaluate
+from sae_kit.evals import Metrics
 from sae_kit.sae import SAE
 from sae_kit.sae_config import SAEConfig
 from sae_kit.seeding import derive_seed
 from sae_kit.training.callbacks import JSONL, Callback, Console, Wandb
 from sae_kit.training.config import RunConfig, SAEEntry
+from sae_kit.training.inputs import Inputs, LiveInputs, open_inputs
 from sae_kit.training.trainer import SAETrainer, TrainingResult
 
 log = logging.getLogger(__name__)
@@ -104,24 +101,13 @@ def run(
         raise ConfigError("saes: there is no SAE to train; give at least one entry")
     pick_device(cfg.train.device, "train.device")
     folder = make_folder(Path(cfg.out) / (cfg.name or default_name(cfg)))
-    if model is None:
-        model, own = load_model(cfg.model)
-        tokenizer = tokenizer or own
-    saes = build_saes(cfg, model, tokenizer)
-    store = ActivationsStore.from_config(
-        model,
-        cfg.data,
-        cfg.buffer,
-        sites=sorted({site for entry in cfg.saes.values() for sites in entry.sites for site in sites}),
-        train_tokens=cfg.train.tokens,
-        batch_tokens=cfg.train.batch_tokens,
-        seed=cfg.seed,
-        tokenizer=tokenizer,
-        documents=documents,
-    )
+    inputs, live = open_inputs(cfg, model, tokenizer, documents)
+    saes = build_saes(cfg, inputs)
+    store = inputs.open()
     for sae in saes.values():
-        sae.cfg.metadata.extra.setdefault("sae_kit", {})["holdout"] = list(store.holdout)
-    held_out = _held_out(cfg, model, tokenizer, documents)  # now, so that too little text is found before training
+        sae.cfg.metadata.extra.setdefault("sae_kit", {})["provenance"] = store.provenance
+    if live is not None:
+        live.hold_out()
     sinks: list[Callback] = [Console()] if cfg.log.console else []
     if cfg.log.jsonl:
         sinks.append(JSONL(folder / "metrics.jsonl"))
@@ -133,20 +119,13 @@ def run(
     def finish() -> dict[str, float | None]:
         """Save what was trained, before the evaluation, which may fail; then evaluate and add what it found."""
         for name, sae in trainer.saes.items():
+            sae.cfg.metadata.extra["sae_kit"]["median_norms"] = store.medians
             final[name] = sae.to_inference()
             final[name].cfg.metadata.num_dead_features = int(trainer.in_training[name].dead.mask().sum())
             final[name].save_model(folder / "saes" / name)
-        if held_out is None:
+        found = None if live is None else live.evaluate(final, store.medians)
+        if found is None:
             return {}
-        found = evaluate(
-            final,
-            model,
-            held_out,
-            excluded_ids=excluded_ids(cfg.data.exclude, tokenizer),
-            fidelity_tokens=cfg.eval.fidelity_tokens,
-            ablation=cfg.eval.ablation,
-            rows_per_forward=cfg.data.rows_per_forward,
-        )
         evals.update(found.metrics)
         for name, sae in final.items():
             sae.cfg.metadata.l0 = evals[name]["sparsity"]["l0"]
@@ -184,23 +163,24 @@ def _flat(evals: Mapping[str, Metrics]) -> dict[str, float | None]:
     }
 
 
-def build_saes(cfg: RunConfig, model: nn.Module, tokenizer: Any) -> dict[str, SAE]:
-    """The SAEs of a run: width and metadata from the model, normalisation on unless it was chosen.
+def build_saes(cfg: RunConfig, inputs: Inputs) -> dict[str, SAE]:
+    """The SAEs of a run: width and metadata from what it reads, normalisation on unless it was chosen.
 
     Raises:
-        HookNotFoundError, ShapeError: a site that the model lacks, or whose width is not the config's `d_in`.
+        HookNotFoundError, ShapeError: a site that is not there, or whose width is not the config's `d_in`.
     """
+    metadata = inputs.metadata
     return {
-        name: _complete(cfg, entry, model, tokenizer).build(
+        name: _complete(entry, inputs, metadata).build(
             seed=entry.seed if entry.seed is not None else derive_seed(cfg.seed, "init", name)
         )
         for name, entry in cfg.saes.items()
     }
 
 
-def _complete(cfg: RunConfig, entry: SAEEntry, model: nn.Module, tokenizer: Any) -> SAEConfig:
+def _complete(entry: SAEEntry, inputs: Inputs, known: Mapping[str, Any]) -> SAEConfig:
     reads, writes = entry.sites
-    read, written = ({site: site_width(model, site) for site in sites} for sites in (reads, writes))
+    read, written = (inputs.widths(sites) for sites in (reads, writes))
     for sites in (read, written):
         if len(set(sites.values())) > 1:
             found = ", ".join(f"{site!r} {width}" for site, width in sites.items())
@@ -219,14 +199,9 @@ def _complete(cfg: RunConfig, entry: SAEEntry, model: nn.Module, tokenizer: Any)
         if name != "d_in" and getattr(entry.sae, name) not in (None, shape):
             raise ShapeError(f"sae.{name} is {getattr(entry.sae, name)}, the sites give {shape}: leave it out")
     facts: dict[str, Any] = {
-        "model_name": cfg.model.name,
+        **known,
         "hook_name": None if several else entry.hook,
         "hook_name_out": entry.hook_out if isinstance(entry.hook_out, str) else None,
-        "model_class_name": type(model).__name__,
-        "prepend_bos": cfg.data.row_start == "bos" and special_id("bos", tokenizer, "row_start") is not None,
-        "exclude_special_tokens": list(excluded_ids(cfg.data.exclude, tokenizer)),
-        "context_size": cfg.data.context_size or default_context(model),
-        "dataset_path": ", ".join(source.path for source in cfg.data.sources) or None,
     }
     metadata = dataclasses.replace(entry.sae.metadata, **{k: v for k, v in facts.items() if v is not None})
     metadata.extra = copy.deepcopy(metadata.extra)
@@ -241,22 +216,41 @@ def _complete(cfg: RunConfig, entry: SAEEntry, model: nn.Module, tokenizer: Any)
     )
 
 
-def _held_out(
-    cfg: RunConfig, model: nn.Module, tokenizer: Any, documents: Iterable[str] | None
-) -> Int[Tensor, "rows context"] | None:
-    """Rows of text that training never sees; None if the run evaluates nothing."""
-    if not cfg.eval.at_end:
-        return None
-    if isinstance(documents, Iterator):
-        log.warning(
-            "no held-out evaluation: an iterator of texts can be read only once; pass a list or another iterable"
+def cache_activations(
+    cfg: RunConfig,
+    *,
+    model: nn.Module | None = None,
+    tokenizer: Any = None,
+    documents: Iterable[str] | None = None,
+) -> Path:
+    """Write the activations that the run of `cfg` would train on to `cache.write`, and push them if it says where.
+
+    A cache that was begun there is gone on with. Returns its folder.
+
+    Raises:
+        ConfigError: no folder to write to, or one that holds a cache of other settings. OSError: a full disk; what was
+            written stays.
+    """
+    if cfg.cache.write is None:
+        raise ConfigError("cache.write: expected a folder to write to, found None")
+    if not cfg.saes:
+        raise ConfigError("there is no site to read: name one by hook, or give entries of saes")
+    live = LiveInputs(cfg, model, tokenizer, documents)
+    source = live.harvest()
+    folder = Path(cfg.cache.write)
+    try:
+        write_cache(
+            source,
+            folder,
+            tokens=cfg.cache.tokens or cfg.train.tokens,
+            dtype=cfg.cache.dtype,
+            rows_per_shard=cfg.cache.rows_per_shard,
         )
-        return None
-    context = cfg.data.context_size or default_context(model)
-    wanted = cfg.eval.tokens or min(200_000, max(16_384, cfg.train.tokens // 200))
-    return held_out_rows(
-        cfg.data, tokenizer, max(wanted // context, 1), context_size=context, documents=documents, seed=cfg.seed
-    )
+    finally:
+        source.close()
+    if (push := cfg.cache.push) is not None:
+        push_cache(folder, push.repo, revision=push.revision, private=push.private)
+    return folder
 
 
 def make_folder(folder: Path) -> Path:

@@ -202,6 +202,7 @@ class SAETrainer:
     def _metrics(self) -> dict[str, float | int]:
         """One row; with several SAEs each name is prefixed by the SAE's."""
         row: dict[str, float | int] = {"details/n_training_samples": self.tokens}
+        row |= {f"data/{name}": count for name, count in getattr(self._batches, "counters", {}).items()}
         for name, part in self.in_training.items():
             metrics = part.metrics.take() | part.details
             if not metrics["losses/overall_loss"] < float("inf"):

@@ -78,7 +78,11 @@ def test_the_saved_sae_is_the_trained_one(result: RunResult) -> None:
     assert metadata.context_size == 64
     assert metadata.exclude_special_tokens == [0]
     assert metadata.dataset_path == "demo"
-    assert metadata.extra["sae_kit"]["holdout"] == [0.05]
+    ours = metadata.extra["sae_kit"]
+    assert [source["holdout"] for source in ours["provenance"]["tokens"]["sources"]] == [0.05]
+    assert ours["provenance"]["model"]["name"] == "demo"
+    assert ours["provenance"]["filters"] == {"excluded_ids": [0], "seq_slice": None, "norm_filter": 10.0}
+    assert 0.1 < ours["median_norms"][HOOK] < 1000
     assert metadata.l0 == result.evals["sae"]["sparsity"]["l0"]
     assert metadata.training_architecture_details is not None
     assert sae.tokens_seen == 12_288

@@ -1,0 +1,214 @@
+"""What a run reads: a model and its text, or activations on disk."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from sae_kit.data.cache import Cache, open_cache
+from sae_kit.data.capture import site_width
+from sae_kit.data.harvest import Harvest
+from sae_kit.data.models import load_model, model_facts
+from sae_kit.data.store import ActivationsStore, default_context, harvest, token_stream
+from sae_kit.data.tokens import excluded_ids, held_out_rows, special_id
+from sae_kit.errors import ConfigError, HookNotFoundError, did_you_mean
+from sae_kit.evals import EvalReport, evaluate
+from sae_kit.sae import SAE
+from sae_kit.training.config import RunConfig
+
+log = logging.getLogger(__name__)
+
+
+class LiveInputs:
+    """A model and its text; objects that are passed take the place of what `cfg` names."""
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        model: nn.Module | None = None,
+        tokenizer: Any = None,
+        documents: Iterable[Any] | None = None,
+    ) -> None:
+        self._cfg, self._documents = cfg, documents
+        if model is None:
+            model, own = load_model(cfg.model, cfg.sites)
+            tokenizer = tokenizer or own
+        self.model, self.tokenizer = model, tokenizer
+        self.reader = cfg.model.reader(model)
+        self._held_out: Int[Tensor, "rows context"] | None = None
+
+    def widths(self, sites: Iterable[str]) -> dict[str, int]:
+        """Site -> width of its activations; HookNotFoundError if it is not there."""
+        return {site: site_width(self.model, site) for site in sites}
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Fields of `SAEMetadata` that say what an SAE is trained on; None where that is not known."""
+        data = self._cfg.data
+        has_bos = data.row_start == "bos" and special_id("bos", self.tokenizer, "row_start") is not None
+        return {
+            "model_name": self._cfg.model.name,
+            "model_class_name": type(self.model).__name__,
+            "prepend_bos": has_bos,
+            "exclude_special_tokens": list(excluded_ids(data.exclude, self.tokenizer)),
+            "context_size": self._context,
+            "dataset_path": ", ".join(source.path for source in data.sources) or None,
+        }
+
+    def open(self) -> ActivationsStore:
+        """The stream of mixed batches."""
+        cfg = self._cfg
+        return ActivationsStore.from_config(
+            self.reader,
+            cfg.data,
+            cfg.buffer,
+            sites=cfg.sites,
+            train_tokens=cfg.train.tokens,
+            batch_tokens=cfg.train.batch_tokens,
+            seed=cfg.seed,
+            tokenizer=self.tokenizer,
+            documents=self._documents,
+            facts=model_facts(self.model, cfg.model),
+        )
+
+    def harvest(self) -> Harvest:
+        """The same activations in the order of the text."""
+        cfg = self._cfg
+        tokens = token_stream(
+            self.model, cfg.data, sites=cfg.sites, tokenizer=self.tokenizer, documents=self._documents, seed=cfg.seed
+        )
+        return harvest(
+            self.reader,
+            tokens,
+            cfg.sites,
+            rows_per_forward=cfg.data.rows_per_forward,
+            excluded=excluded_ids(cfg.data.exclude, self.tokenizer),
+            seq_slice=cfg.data.seq_slice,
+            norm_filter=cfg.buffer.norm_filter,
+            facts=model_facts(self.model, cfg.model),
+        )
+
+    def hold_out(self) -> None:
+        """Read the rows of text that training never sees, so that too little text is found before it begins."""
+        cfg = self._cfg
+        if not cfg.eval.at_end:
+            return
+        if isinstance(self._documents, Iterator):
+            log.warning(
+                "no held-out evaluation: an iterator of texts can be read only once; pass a list or another iterable"
+            )
+            return
+        wanted = cfg.eval.tokens or min(200_000, max(16_384, cfg.train.tokens // 200))
+        self._held_out = held_out_rows(
+            cfg.data,
+            self.tokenizer,
+            max(wanted // self._context, 1),
+            context_size=self._context,
+            documents=self._documents,
+            seed=cfg.seed,
+        )
+
+    def evaluate(self, saes: Mapping[str, SAE], medians: Mapping[str, float]) -> EvalReport | None:
+        """Metrics on held-out text of what training would have seen of it; None if there is none."""
+        if self._held_out is None:
+            return None
+        cfg = self._cfg
+        multiple = cfg.buffer.norm_filter
+        return evaluate(
+            saes,
+            self.reader,
+            self._held_out,
+            excluded_ids=excluded_ids(cfg.data.exclude, self.tokenizer),
+            seq_slice=cfg.data.seq_slice,
+            max_norms=None if multiple is None else {site: multiple * median for site, median in medians.items()},
+            fidelity_tokens=cfg.eval.fidelity_tokens,
+            ablation=cfg.eval.ablation,
+            rows_per_forward=cfg.data.rows_per_forward,
+        )
+
+    @property
+    def _context(self) -> int:
+        return self._cfg.data.context_size or default_context(self.model)
+
+
+class CachedInputs:
+    """Activations on disk; `live`, if the run names them, are the model and the text that they have to be from."""
+
+    def __init__(self, cfg: RunConfig, live: LiveInputs | None = None) -> None:
+        assert cfg.cache.read is not None
+        self._cfg, self._live = cfg, live
+        self._cache: Cache = open_cache(cfg.cache.read)
+
+    def widths(self, sites: Iterable[str]) -> dict[str, int]:
+        there = self._cache.widths
+        for site in sites:
+            if site not in there:
+                raise HookNotFoundError(
+                    f"{site!r} is not in {self._cache.place}.{did_you_mean(site, there)} It holds {', '.join(there)}"
+                )
+        return {site: there[site] for site in sites}
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        found = self._cache.provenance
+        tokens = found.get("tokens", {})
+        sources = [source["path"] for source in tokens.get("sources", ())]
+        known = {
+            "model_name": found.get("model", {}).get("name"),
+            "exclude_special_tokens": found.get("filters", {}).get("excluded_ids"),
+            "context_size": self._cache.context_size,
+            "dataset_path": ", ".join(sources) or None,
+        }
+        return known if self._live is None else {**known, **self._live.metadata}
+
+    def open(self) -> ActivationsStore:
+        cfg = self._cfg
+        return ActivationsStore.from_cache(
+            self._cache,
+            cfg.buffer,
+            sites=cfg.sites,
+            batch_tokens=cfg.train.batch_tokens,
+            train_tokens=cfg.train.tokens,
+            epochs=cfg.cache.epochs,
+            order=cfg.cache.order,
+            seed=cfg.seed,
+            expected=None if self._live is None else self._expected(self._live),
+        )
+
+    def _expected(self, live: LiveInputs) -> dict[str, Any]:
+        source = live.harvest()
+        source.close()
+        expected = source.provenance
+        if "order" in self._cache.provenance.get("tokens", {}):  # in what order the text was read does not matter here
+            expected["tokens"]["order"] = self._cache.provenance["tokens"]["order"]
+        return expected
+
+
+Inputs = LiveInputs | CachedInputs
+"""Where the activations of a run come from: widths of sites, what goes into the metadata of SAEs, and the stream."""
+
+
+def open_inputs(
+    cfg: RunConfig, model: nn.Module | None, tokenizer: Any, documents: Iterable[Any] | None
+) -> tuple[Inputs, LiveInputs | None]:
+    """What the run trains on, and the model and text that it can be evaluated on, if it names any.
+
+    Raises:
+        ConfigError: there is neither a model with text nor a cache.
+    """
+    named = model is not None or cfg.model.name is not None
+    text = documents is not None or bool(cfg.data.sources)
+    if cfg.cache.read is None:
+        live = LiveInputs(cfg, model, tokenizer, documents)
+        return live, live
+    if named != text:
+        raise ConfigError(
+            "cache.read takes the place of model and text: name both, to compare the cache with them and to evaluate, "
+            "or neither"
+        )
+    live = LiveInputs(cfg, model, tokenizer, documents) if named else None
+    if live is None and cfg.eval.at_end:
+        log.info("no evaluation at the end: the run names no model and no text beside its cache")
+    return CachedInputs(cfg, live), live
