@@ -1,0 +1,214 @@
+"""Rows on disk: written whole, read back as they are, and refused where they do not fit."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from texts import CONTEXT, stream, uneven
+
+from sae_kit.data.cache.config import PushConfig
+from sae_kit.data.pretokenize import PretokenizeConfig, pretokenize, push_rows
+from sae_kit.data.sources import Source
+from sae_kit.data.tokens import DataConfig, TokenStream
+from sae_kit.errors import ConfigError, DataError, OutputExistsError
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in uneven(80)))
+    return path
+
+
+def config(text: Path, tokenizer: Path, out: Path, **fields: Any) -> PretokenizeConfig:
+    data = {"sources": (Source(path=str(text)),), "context_size": CONTEXT, **fields.pop("data", {})}
+    return PretokenizeConfig(tokenizer=str(tokenizer), data=DataConfig(**data), out=str(out), **fields)
+
+
+def read(tokenizer: Any, folder: Path, **options: Any) -> TokenStream:
+    return stream(tokenizer, sources=(Source(path=str(folder), epochs=1),), **options)
+
+
+def test_rows_are_read_as_they_were_written(text: Path, llama_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    import datasets
+
+    folder = pretokenize(config(text, llama_folder, tmp_path / "a" / "rows"))
+    expected = stream(tokenizer, sources=(Source(path=str(text), epochs=1),)).take(10_000).ids
+    dataset: Any = datasets.load_from_disk(str(folder))
+    assert dataset.column_names == ["input_ids"]
+    assert dataset.features["input_ids"].feature.dtype == "int32"
+    assert dataset["input_ids"][:] == expected.tolist()
+    assert torch.equal(read(tokenizer, folder).take(10_000).ids, expected)
+    written = json.loads((folder / "sae_kit.json").read_text())
+    assert written["counts"]["rows"] == len(expected)
+    assert written["counts"]["tokens"] == expected.numel()
+    assert 0 < written["counts"]["tail_ids"] < CONTEXT
+    assert written["provenance"]["packing"]["row_start"] == 0
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["rows"]
+    shuffled = read(tokenizer, folder, shuffle=True).take(10_000).ids.tolist()
+    assert sorted(shuffled) == sorted(expected.tolist())
+    assert shuffled != expected.tolist()
+
+
+def test_padded_rows_are_stored_without_their_padding(
+    text: Path, llama_folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    import datasets
+
+    alone = {"pack": False, "short": "pad"}
+    folder = pretokenize(config(text, llama_folder, tmp_path / "rows", data=alone))
+    expected = stream(tokenizer, sources=(Source(path=str(text), epochs=1),), **alone).take(10_000)
+    found = read(tokenizer, folder, **alone).take(10_000)
+    assert expected.lengths is not None
+    assert found.lengths is not None
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.lengths, expected.lengths)
+    dataset: Any = datasets.load_from_disk(str(folder))
+    assert [len(row) for row in dataset["input_ids"]] == expected.lengths.tolist()
+
+
+def test_many_files_and_a_limit(
+    text: Path, llama_folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sae_kit.data.pretokenize.BYTES_PER_FILE", 4 * CONTEXT * 30)
+    monkeypatch.setattr("sae_kit.data.pretokenize.ROWS_TOGETHER", 7)
+    folder = pretokenize(config(text, llama_folder, tmp_path / "rows", tokens=CONTEXT * 100 + 3))
+    assert sorted(path.name for path in folder.glob("*.arrow")) == [f"data-{i:05d}-of-00003.arrow" for i in range(3)]
+    expected = stream(tokenizer, sources=(Source(path=str(text), epochs=1),)).take(100).ids
+    assert torch.equal(read(tokenizer, folder).take(10_000).ids, expected)
+
+
+def test_what_cannot_be_written_leaves_nothing(text: Path, llama_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "rows"
+    (tmp_path / "short.txt").write_text("w1 w2")
+    with pytest.raises(DataError, match="all its text fills 3 of the 16 places"):
+        pretokenize(config(tmp_path / "short.txt", llama_folder, out, data={"context_size": 16}))
+    assert list(out.parent.iterdir()) == []
+    with pytest.raises(ConfigError, match=r"data\.context_size"):
+        pretokenize(config(text, llama_folder, out, data={"context_size": None}))
+    with pytest.raises(ConfigError, match="cannot read the tokenizer"):
+        pretokenize(config(text, tmp_path / "nothing", out))
+    with pytest.raises(ConfigError, match="tokens: expected at least 1"):
+        config(text, llama_folder, out, tokens=0)
+    out.mkdir()
+    (out / "mine").touch()
+    with pytest.raises(OutputExistsError, match="nothing was changed"):
+        pretokenize(config(text, llama_folder, out))
+    assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("sidecar", ["sae_kit.json", "sae_lens.json"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context_size": 16}, "packing.context_size: expected 16, found 8"),
+        ({"row_start": None}, "packing.row_start: expected None, found 0"),
+        (
+            {"separator": "eos", "doc_start": 5},
+            "(packing.separator: expected 1, found 0; packing.doc_start: expected 5, found None|"
+            "packing.doc_start: expected 5, found None; packing.separator: expected 1, found 0)",
+        ),
+        ({"pack": False}, "packing.pack: expected False, found True"),
+    ],
+)
+def test_rows_of_other_settings_are_refused(
+    text: Path, llama_folder: Path, tokenizer: Any, tmp_path: Path, sidecar: str, options: Any, message: str
+) -> None:
+    folder = pretokenize(config(text, llama_folder, tmp_path / "rows"))
+    (folder / ({"sae_kit.json", "sae_lens.json"} - {sidecar}).pop()).unlink()
+    assert len(read(tokenizer, folder).take(3)) == 3
+    with pytest.raises(ConfigError, match=f"the token rows of {folder} .* other settings: .*{message}"):
+        read(tokenizer, folder, **options)
+
+
+@pytest.mark.parametrize("sidecar", ["sae_kit.json", "sae_lens.json"])
+def test_rows_of_another_tokenizer_are_refused(
+    text: Path, llama_folder: Path, tmp_path: Path, sidecar: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    from sae_kit.demo import load_tokenizer
+
+    folder = pretokenize(config(text, llama_folder, tmp_path / "rows"))
+    (folder / ({"sae_kit.json", "sae_lens.json"} - {sidecar}).pop()).unlink()
+    other = load_tokenizer()
+    marks: dict[str, Any] = {"row_start": 0, "separator": 0}
+    with pytest.raises(ConfigError, match=r"other settings: tokenizer(\.sha256|\.size|): expected"):
+        read(other, folder, **marks)
+    if sidecar == "sae_lens.json":
+        theirs = json.loads((folder / sidecar).read_text())
+        (folder / sidecar).write_text(json.dumps(theirs | {"tokenizer_name": "nobody/nothing"}))
+        read(other, folder, **marks).close()
+        assert "were made by the tokenizer nobody/nothing, which cannot be compared" in caplog.text
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as takes a commit of small files."""
+
+    commits: list[list[dict[str, Any]]]
+    asked: list[str]
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.asked.append(self.path)
+        answer: dict[str, Any] = {"url": f"http://{self.headers['Host']}/datasets/me/rows"}
+        if "/preupload/" in self.path:
+            answer = {
+                "files": [
+                    {**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]
+                ]
+            }
+        elif "/commit/" in self.path:
+            self.commits.append([json.loads(line) for line in body.splitlines()])
+            answer = {"commitUrl": f"{answer['url']}/commit/abc", "commitOid": "abc", "success": True}
+        elif self.headers.get("Authorization") == "Bearer wrong":
+            self.send_error(401)
+            return
+        self.reply(answer)
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.reply({"id": "me/rows", "siblings": [], "sha": "abc"})
+
+    def reply(self, answer: dict[str, Any]) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    Hub.commits, Hub.asked = [], []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_rows_go_to_the_hub(text: Path, llama_folder: Path, tmp_path: Path, hub: str) -> None:
+    import base64
+    import io
+
+    import pyarrow.parquet as pq
+
+    folder = pretokenize(config(text, llama_folder, tmp_path / "rows"))
+    assert push_rows(folder, PushConfig(repo="me/rows"), endpoint=hub, token="t").endswith("commit/abc")
+    entries = [entry["value"] for entry in Hub.commits[0] if entry["key"] == "file"]
+    files = {entry["path"]: base64.b64decode(entry["content"]) for entry in entries}
+    assert sorted(files) == ["README.md", "data/train-00000-of-00001.parquet", "sae_kit.json", "sae_lens.json"]
+    table = pq.read_table(io.BytesIO(files["data/train-00000-of-00001.parquet"]))
+    written = json.loads(files["sae_kit.json"])
+    assert table.num_rows == written["counts"]["rows"]
+    assert "path: data/train-*" in files["README.md"].decode()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows", "text.jsonl"]
+    with pytest.raises(DataError, match=r"cannot push to the data set me/rows: .* The rows are in .*rows; a token"):
+        push_rows(folder, PushConfig(repo="me/rows"), endpoint=hub, token="wrong")
