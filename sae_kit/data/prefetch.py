@@ -27,6 +27,8 @@ class Batches(Resumable, Protocol):
 class Prefetch(Iterator[dict[str, Tensor]]):
     """The batches of `source`, up to `ahead` of them ready before they are asked for; the same with any `ahead`.
 
+    With 0 they are made when they are asked for, and the state of one `ahead` is good for any other.
+
     The thread begins with the first batch that is asked for, and on a GPU works on a CUDA stream of its own. Its errors
     are raised, with their traceback, where the batch that failed is asked for. `state_dict` stops it between two
     batches and keeps those that are ready; it goes on with the next one asked for, so what the state shares with the
@@ -42,17 +44,22 @@ class Prefetch(Iterator[dict[str, Tensor]]):
         self._counters: Mapping[str, int | float] | None = None
         self._paused = self._closed = self._working = False
         self._error: BaseException | None = None
-        self._streams = _Streams(device) if device is not None and device.type == "cuda" else None
+        self._streams = _Streams(device) if ahead and device is not None and device.type == "cuda" else None
 
     def __next__(self) -> dict[str, Tensor]:
         with self._change:
             if self._closed:
                 raise StopIteration
-            self._resume()
+            if self.ahead:
+                self._resume()
+            elif not self._ready:
+                self._counters = None  # if this fails, or is the end: those of the source
+                self._ready.append(self._make())
             while not self._ready and self._error is None:
                 self._change.wait()
             if not self._ready:
                 assert self._error is not None
+                self._counters = None
                 raise self._error
             ready = self._ready.popleft()
             self._change.notify_all()
@@ -115,8 +122,7 @@ class Prefetch(Iterator[dict[str, Tensor]]):
         while self._may_work():
             try:
                 with nullcontext() if self._streams is None else self._streams.producing():
-                    batch = next(self.source)
-                    ready = _Ready(batch, dict(self.source.counters), self._streams)
+                    ready = self._make()
             except BaseException as error:  # it is the consumer's, whatever it is
                 with self._change:
                     self._working, self._error = False, error
@@ -126,6 +132,10 @@ class Prefetch(Iterator[dict[str, Tensor]]):
                 self._ready.append(ready)
                 self._working = False
                 self._change.notify_all()
+
+    def _make(self) -> "_Ready":
+        batch = next(self.source)
+        return _Ready(batch, dict(self.source.counters), self._streams)
 
     def _may_work(self) -> bool:
         """Wait for room; False when this thread is to end."""

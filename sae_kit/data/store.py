@@ -46,7 +46,7 @@ class ActivationsStore(Iterator[dict[str, Tensor]]):
     def __init__(self, mixed: Mixing | CacheReader, *, prefetch: int = 0, device: torch.device | None = None) -> None:
         """Batches of `mixed`, up to `prefetch` of them made ahead; `device` is where they are made."""
         self.mixed = mixed
-        self._batches = Prefetch(mixed, prefetch, device) if prefetch else mixed
+        self._batches = Prefetch(mixed, prefetch, device)
 
     @classmethod
     def from_model(

@@ -287,6 +287,8 @@ def _opened(path: Path) -> Generator[Any, None, None]:
 
 
 def _bytes_of(tensor: Tensor) -> Any:
+    if not tensor.numel():  # torch cannot view every empty tensor as bytes
+        return b""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
