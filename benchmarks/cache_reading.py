@@ -101,14 +101,14 @@ def measure(folder: Path, width: int, dtype: Any, args: argparse.Namespace) -> d
 def whole_files(folder: Path, manifest: Manifest, memory: torch.Tensor) -> None:
     for shard in manifest.shards:
         with (folder / shard.file).open("rb", buffering=0) as file:
-            while file.readinto(memory.numpy()):
+            while file.readinto(memory.numpy().data):
                 pass
 
 
 def pieces(folder: Path, manifest: Manifest, size: int) -> None:
     for shard in manifest.shards:
         with (folder / shard.file).open("rb", buffering=0) as file:
-            while file.readinto(torch.empty(size, dtype=torch.uint8).numpy()):
+            while file.readinto(torch.empty(size, dtype=torch.uint8).numpy().data):
                 pass
 
 

@@ -16,7 +16,7 @@ from harvests import SPECIAL, RandomHarvest, all_rows
 from torch import Tensor
 
 from sae_kit.data.cache import CacheReader, open_cache, write_cache
-from sae_kit.data.cache.memory import Column
+from sae_kit.data.cache.memory import Column, Recycled
 from sae_kit.data.cache.ordering import Blocks, Permutation, Shuffled
 from sae_kit.errors import ConfigError, CorruptFileError, DataError, HookNotFoundError
 
@@ -124,6 +124,25 @@ def test_columns_gather_rows_of_tensors_anywhere(dtype: torch.dtype, width: int)
     assert Column(parts).gather(shards[:0], places[:0]).shape == (0, width)
 
 
+def test_memory_is_used_again_when_nobody_holds_it() -> None:
+    memory = Recycled((4, 3), torch.float32)
+    first, second = memory.tensor(), memory.tensor()
+    assert first.shape == (4, 3)
+    places = {first.data_ptr(), second.data_ptr()}
+    assert len(places) == 2
+    weight = torch.ones(3, requires_grad=True)
+    loss = (first[1:].fill_(2) * weight).sum()  # the graph holds a part of it
+    del first, second
+    assert {memory.tensor().data_ptr() for _ in range(5)} < places
+    held = memory.tensor()
+    assert memory.tensor().data_ptr() not in places
+    loss.backward()
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [6, 6, 6]
+    del loss, held, weight
+    assert memory.tensor().data_ptr() in places
+
+
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 
@@ -229,12 +248,13 @@ def test_sites_and_dtypes_are_chosen(folder: Path, truth: dict[str, Tensor], tmp
     assert {site: rows.dtype for site, rows in next(reader).items()} == {"b": torch.bfloat16}
     with pytest.raises(HookNotFoundError, match=r"'aa' is not in the cache in .*\. Did you mean 'a'\? It holds a, b"):
         CacheReader(folder, batch_tokens=10, sites=["aa"])
-    for dtype, harvested, read in (
+    cases: list[tuple[Any, torch.dtype, torch.dtype]] = [
         ("bf16", torch.float32, torch.bfloat16),
         ("int8", torch.bfloat16, torch.bfloat16),
         ("int8", torch.float32, torch.float32),
         ("fp16", torch.float32, torch.float16),
-    ):
+    ]
+    for dtype, harvested, read in cases:
         place = tmp_path / f"{dtype}-{harvested}"
         write_cache(RandomHarvest(dtype=harvested, facts={"mode": dtype}), place, tokens=ROWS, dtype=dtype)
         batch = next(CacheReader(place, batch_tokens=ROWS))

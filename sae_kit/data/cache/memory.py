@@ -7,6 +7,7 @@ is one call, whichever shards its rows are in, and comes out in the order that w
 
 import ctypes
 import math
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,9 +38,36 @@ class Column:
         self._step = row // unit
 
     def gather(
-        self, shards: Int[np.ndarray, " rows"], places: Int[np.ndarray, " rows"]
+        self, shards: Int[np.ndarray, " rows"], places: Int[np.ndarray, " rows"], out: Tensor | None = None
     ) -> Shaped[Tensor, "rows width"]:
-        """Row `places[i]` of tensor `shards[i]`, for each i, in memory of its own."""
+        """Row `places[i]` of tensor `shards[i]`, for each i, in `out` or in new memory."""
         numbers = places * self._step
         numbers += self._first[shards]
-        return self._all.index_select(0, torch.from_numpy(numbers))
+        return torch.index_select(self._all, 0, torch.from_numpy(numbers), out=out)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._all.dtype
+
+
+class Recycled:
+    """Memory for tensors of one shape, used again when no tensor lies in it any more.
+
+    New memory beyond 32 MB comes from the system page by page, which takes several times as long as to fill it.
+    """
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        self._shape, self._dtype = shape, dtype
+        self._blocks: list[np.ndarray] = []
+
+    def tensor(self) -> Shaped[Tensor, "rows width"]:
+        """A tensor of anything; whoever holds it or a part of it, such as a graph of autograd, keeps it as it is."""
+        # A tensor over a numpy array holds a reference to it for as long as its storage lives. What else counts one:
+        # the list, and the argument of the call that counts.
+        free = (i for i in range(len(self._blocks)) if sys.getrefcount(self._blocks[i]) == 2)
+        index = next(free, None)
+        if index is None:
+            size = self._shape[0] * self._shape[1] * self._dtype.itemsize
+            index = len(self._blocks)
+            self._blocks.append(np.empty(size, dtype=np.uint8))
+        return torch.from_numpy(self._blocks[index]).view(self._dtype).view(self._shape)

@@ -56,5 +56,6 @@ class Cache:
                 )
 
     def _decoded(self, shard: Shard, site: str, rows: slice) -> Float[Tensor, "rows _"]:
+        values = shard.values[site][rows]
         scales = shard.scales[site][rows] if site in shard.scales else None
-        return decode(shard.values[site][rows].clone(), scales, self.dtypes[site])
+        return decode(values, scales, torch.empty(values.shape, dtype=self.dtypes[site]))

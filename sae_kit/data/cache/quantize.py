@@ -55,23 +55,24 @@ def encode(
 
 
 def decode(
-    values: Shaped[Tensor, "rows width"], scales: Float[Tensor, "rows groups"] | None, dtype: torch.dtype
+    values: Shaped[Tensor, "rows width"],
+    scales: Float[Tensor, "rows groups"] | None,
+    out: Float[Tensor, "rows width"],
 ) -> Float[Tensor, "rows width"]:
-    """The rows in `dtype`, in memory of their own unless `values` is what was asked for."""
+    """Write the rows into `out`, in its precision; it is returned."""
     if scales is None:
-        return values.to(dtype)
+        return out.copy_(values)
     width = values.shape[1]
-    result = torch.empty(values.shape, dtype=dtype)
-    step = max(1, NUMBERS_AT_A_TIME // width)
     whole = width // GROUP * GROUP
-    for start in range(0, len(result), step):
-        part, scale = result[start : start + step], scales[start : start + step]
+    step = max(1, NUMBERS_AT_A_TIME // width)
+    for start in range(0, len(out), step):
+        part, scale = out[start : start + step], scales[start : start + step]
         part.copy_(values[start : start + step])
         if whole:
             part[:, :whole].unflatten(1, (-1, GROUP)).mul_(scale[:, : whole // GROUP, None])
         if whole < width:
             part[:, whole:].mul_(scale[:, -1:])
-    return result
+    return out
 
 
 def _to_int8(

@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_kit.data.batch import State
-from sae_kit.data.cache.files import AGAIN, Shard, damage, open_shard, read_manifest
-from sae_kit.data.cache.memory import Column
+from sae_kit.data.cache.files import AGAIN, damage, open_shard, read_manifest
+from sae_kit.data.cache.memory import Column, Recycled
 from sae_kit.data.cache.opened import Cache
 from sae_kit.data.cache.ordering import NONE, Blocks, Order, Shuffled
 from sae_kit.data.cache.quantize import DTYPES, decode
@@ -99,7 +99,7 @@ class CacheReader(Iterator[dict[str, Tensor]]):
             DataError, CorruptFileError: as `open_cache`.
         """
         self.cache = cache if isinstance(cache, Cache) else open_cache(cache)
-        self.batch_tokens, self._dtype, self._drop_last = batch_tokens, dtype, drop_last
+        self.batch_tokens, self._drop_last = batch_tokens, drop_last
         self.sites = tuple(self.cache.widths) if sites is None else tuple(sites)
         for site in self.sites:
             if site not in self.cache.widths:
@@ -119,7 +119,9 @@ class CacheReader(Iterator[dict[str, Tensor]]):
         self._order: Order = Shuffled(self._rows, seed) if order == "global" else Blocks(sizes, open_shards, seed)
         self._total = self._limit(tokens, epochs)
         self._starts = np.cumsum([0, *(shard.rows for shard in self.cache.shards)])
-        self._columns = {site: _Site(self.cache.shards, site) for site in self.sites}
+        self._columns = {
+            site: _Site(self.cache, site, dtype or self.cache.dtypes[site], batch_tokens) for site in self.sites
+        }
         self._epoch = self._position = self._dropped_last = 0
         self._closed = False
         self._settings = {
@@ -231,25 +233,26 @@ class CacheReader(Iterator[dict[str, Tensor]]):
     def _gather(self, numbers: Int[np.ndarray, " rows"]) -> dict[str, Float[Tensor, "rows _"]]:
         shards = np.searchsorted(self._starts[1:], numbers, side="right")
         places = numbers - self._starts[shards]
-        dtypes = self.cache.dtypes
-        return {
-            site: column.read(shards, places, self._dtype or dtypes[site]) for site, column in self._columns.items()
-        }
+        return {site: rows.read(shards, places) for site, rows in self._columns.items()}
 
 
 class _Site:
-    """One site over all shards."""
+    """One site over all shards, read in one precision."""
 
-    def __init__(self, shards: Sequence[Shard], site: str) -> None:
-        self._values = Column([shard.values[site] for shard in shards])
-        scales = [shard.scales[site] for shard in shards if site in shard.scales]
+    def __init__(self, cache: Cache, site: str, dtype: torch.dtype, batch: int) -> None:
+        self._values = Column([shard.values[site] for shard in cache.shards])
+        scales = [shard.scales[site] for shard in cache.shards if site in shard.scales]
         self._scales = Column(scales) if scales else None
+        self._shape, self._dtype = (batch, cache.widths[site]), dtype
+        self._memory = Recycled(self._shape, dtype)
 
-    def read(
-        self, shards: Int[np.ndarray, " rows"], places: Int[np.ndarray, " rows"], dtype: torch.dtype
-    ) -> Float[Tensor, "rows _"]:
-        values = self._values.gather(shards, places)
-        return decode(values, None if self._scales is None else self._scales.gather(shards, places), dtype)
+    def read(self, shards: Int[np.ndarray, " rows"], places: Int[np.ndarray, " rows"]) -> Float[Tensor, "rows _"]:
+        shape = (len(places), self._shape[1])
+        out = self._memory.tensor() if shape == self._shape else torch.empty(shape, dtype=self._dtype)
+        if self._values.dtype == self._dtype:
+            return self._values.gather(shards, places, out)
+        scales = None if self._scales is None else self._scales.gather(shards, places)
+        return decode(self._values.gather(shards, places), scales, out)
 
 
 def _kept(cache: Cache, excluded: Sequence[int]) -> Int[np.ndarray, " rows"]:

@@ -18,6 +18,7 @@ from sae_kit.errors import CorruptFileError, DataError
 T = TypeVar("T")
 
 CARD = "README.md"
+SHARD = re.compile(r"r\d\d-\d{6}\.safetensors")
 BEGIN, END = "<!-- sae_kit:begin -->", "<!-- sae_kit:end -->"
 FILES_PER_COMMIT = 50  # about 50 GB: what is pushed before a connection breaks stays pushed
 WAITS = (0.5, 1.0, 2.0)  # seconds before another try, where a server failed
@@ -40,7 +41,7 @@ def push_cache(
         DataError: the cache is unfinished, or the hub refuses.
         CorruptFileError: a shard is missing or torn.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -54,10 +55,17 @@ def push_cache(
         api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo, branch=revision, repo_type="dataset", exist_ok=True)
-        card = _card(manifest, repo, _present_card(api, repo, revision)).encode()
-        shards = [CommitOperationAdd(shard.file, folder / shard.file) for shard in manifest.shards]
-        last = [CommitOperationAdd(MANIFEST, folder / MANIFEST), CommitOperationAdd(CARD, card)]
-        operations = [*shards, *last]
+        present = api.list_repo_files(repo, repo_type="dataset", revision=revision)
+        files = {shard.file for shard in manifest.shards}
+        stale = sorted(name for name in present if SHARD.fullmatch(name) and name not in files)
+        card = _card(manifest, repo, _text(api, repo, revision) if CARD in present else None)
+        shards = [CommitOperationAdd(name, folder / name) for name in sorted(files)]
+        operations = [
+            *shards,
+            CommitOperationAdd(MANIFEST, folder / MANIFEST),
+            CommitOperationAdd(CARD, card.encode()),
+            *(CommitOperationDelete(name) for name in stale),
+        ]
         ends = [*range(FILES_PER_COMMIT, len(shards), FILES_PER_COMMIT), len(operations)]
         address = ""
         for start, end in itertools.pairwise((0, *ends)):
@@ -105,7 +113,10 @@ def locate(place: Path | str, *, revision: str | None = None) -> Path:
     folder = Path(place)
     if folder.exists() or isinstance(place, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", place):
         return folder
-    return pull_cache(place, revision=revision)
+    try:
+        return pull_cache(place, revision=revision)
+    except DataError as error:
+        raise DataError(f"there is no folder {place}, and {error}") from error
 
 
 def _ask(call: Callable[[], T], what: str) -> T:
@@ -130,13 +141,8 @@ def _ask(call: Callable[[], T], what: str) -> T:
     raise AssertionError("unreachable")
 
 
-def _present_card(api: Any, repo: str, revision: str | None) -> str | None:
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        path = api.hf_hub_download(repo, CARD, repo_type="dataset", revision=revision)
-    except EntryNotFoundError:
-        return None
+def _text(api: Any, repo: str, revision: str | None) -> str:
+    path = api.hf_hub_download(repo, CARD, repo_type="dataset", revision=revision)
     return Path(path).read_text(encoding="utf-8")
 
 
