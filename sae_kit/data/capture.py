@@ -91,8 +91,10 @@ def capture(model: nn.Module, sites: Iterable[Spelling | BoundSite], *args: Any,
     handles: list[Handle] = []
     try:
         handles += [site.on_read(reader(name)) for name, site in bound.items()]
+        # Hooks that come and go would have a compiled model compiled anew.
+        run = getattr(model, "_orig_mod", model)
         with torch.no_grad():
-            model(*args, **kwargs)
+            run(*args, **kwargs)
     except _StopForward:
         pass
     finally:
@@ -105,8 +107,10 @@ def capture(model: nn.Module, sites: Iterable[Spelling | BoundSite], *args: Any,
     return {name: values[name] for name in bound}
 
 
-def site_width(model: nn.Module, spelling: Spelling | BoundSite, *args: Any, **kwargs: Any) -> int:
+def site_width(model: nn.Module | Reader, spelling: Spelling | BoundSite, *args: Any, **kwargs: Any) -> int:
     """Width of the values at a site, seen in a forward of `args` (default: one token of id 0)."""
+    if isinstance(model, Reader):
+        model, kwargs = model.model, {**model.kwargs, **kwargs}
     args = args or (torch.zeros(1, 1, dtype=torch.int64, device=device_of(model)),)
     (value,) = capture(model, [spelling], *args, **kwargs).values()
     return value.shape[-1]

@@ -161,6 +161,7 @@ def test_arguments_of_every_forward_reach_it() -> None:
     reader = Reader(host, {"position_ids": shifted})
     found = reader.capture(NAMES, ids())
     assert all(torch.equal(found[name], expected[name]) for name in NAMES)
+    assert site_width(Reader(host, {"attention_mask": torch.ones(1, 1)}), "blocks.1.hook_mlp_out") == 32
     torch.testing.assert_close(reader(ids()).logits, host(ids(), position_ids=shifted).logits)
     seen = []
     handle = host.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
