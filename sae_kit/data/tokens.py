@@ -89,7 +89,7 @@ class DataConfig:
                 raise ConfigError(f"{name}: expected at least {least}, found {value}")
         if self.short == "pad" and self.pack:
             raise ConfigError('short: expected "drop" with pack, which has no short rows; set pack to false')
-        if self.seq_slice is not None and (self.seq_slice[2] or 1) < 1:
+        if self.seq_slice is not None and self.seq_slice[2] is not None and self.seq_slice[2] < 1:
             raise ConfigError(f"seq_slice: expected a step of at least 1, found {self.seq_slice[2]}")
         if self.seq_slice is not None and self.context_size is not None:
             self.positions(self.context_size)

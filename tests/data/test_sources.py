@@ -8,8 +8,9 @@ import pytest
 import torch
 from texts import CONTEXT, stream, texts
 
+from sae_kit.data.documents import Documents
 from sae_kit.data.sources import Source, open_source
-from sae_kit.data.tokens import DataConfig, Documents, TokenStream, held_out_rows
+from sae_kit.data.tokens import DataConfig, TokenStream, held_out_rows
 from sae_kit.errors import DataError
 
 
@@ -168,3 +169,202 @@ def test_sources_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "a.jsonl").write_text("{}")
     with pytest.raises(DataError, match=r"one kind of files, found \.jsonl, \.txt; choose by data_files"):
         open_source(Source(path=str(tmp_path)))
+
+
+# ---- chats, ids, saved datasets --------------------------------------------------------------------------------------
+
+CHATS = [
+    [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}],
+    [{"role": "user", "content": "w4"}, {"role": "assistant", "content": "w5 w6 w7"}],
+]
+CHAT_IDS = [0, 4, 5, 1, 6, 1, 0, 7, 1, 8, 9, 10, 1]
+"""of both, by the template of the tests' tokenizer: BOS, then each message with EOS behind it"""
+
+
+def from_value(chat: list[dict[str, str]]) -> list[dict[str, str]]:
+    names = {"user": "human", "assistant": "gpt"}
+    return [{"from": names[message["role"]], "value": message["content"]} for message in chat]
+
+
+def test_chats_are_written_by_the_template(tokenizer: Any, tmp_path: Path) -> None:
+    import datasets
+
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"conversations": from_value(chat)}) for chat in CHATS))
+    table = datasets.Dataset.from_dict({"messages": CHATS, "prompt": ["x", "y"]})
+    for rows in (
+        stream(tokenizer, CHATS),
+        stream(tokenizer, iter(CHATS)),
+        stream(tokenizer, table),
+        stream(tokenizer, sources=(Source(path=str(tmp_path / "a.jsonl"), kind="chat"),)),
+    ):
+        assert rows.take(1).ids.tolist() == [CHAT_IDS[:8]]
+        assert "chat" in rows.provenance
+        rows.close()
+
+
+def test_arguments_reach_the_template(tokenizer: Any) -> None:
+    kwargs = {"chat_template": "{{ extra }} {{ messages[0].content }}", "extra": "w9"}
+    rows = stream(tokenizer, CHATS, chat_kwargs=kwargs, row_start=None, separator=None, context_size=5)
+    assert rows.take(1).ids.tolist() == [[12, 4, 5, 12, 7]]
+
+
+@pytest.mark.parametrize(
+    ("chat", "message"),
+    [
+        ([{"text": "w1"}], r"expected messages with role and content, found \['text'\] in document 1"),
+        ([{"role": "user", "content": "w1"}, "w2"], "expected messages with role and content, found str in document 1"),
+        ([{"role": "user", "content": "refuse"}], 'the chat template of the tokenizer refuses .*"refuse".*: no such'),
+    ],
+)
+def test_chats_that_cannot_be_written(tokenizer: Any, chat: Any, message: str) -> None:
+    template = "{% if messages[0].content == 'refuse' %}{{ raise_exception('no such') }}{% endif %}"
+    with pytest.raises(DataError, match=message):
+        stream(tokenizer, [chat], chat_kwargs={"chat_template": template}).take(1)
+
+
+ROWS = [[5, 6, 7, 8, 9, 10, 11, 12], [13, 14, 15], list(range(20, 38))]
+"""of exactly the context, shorter, and longer"""
+
+
+def ids_in(folder: Path, kind: str) -> Any:
+    import datasets
+    import numpy as np
+
+    table = datasets.Dataset.from_dict({"input_ids": ROWS})
+    match kind:
+        case "lists":
+            return ROWS
+        case "arrays":
+            return [np.array(row, np.uint16) for row in ROWS]
+        case "tensors":
+            return iter([torch.tensor(row) for row in ROWS])
+        case "table":
+            return table
+        case "stream":
+            return table.to_iterable_dataset()
+        case "parquet":
+            table.to_parquet(folder / "a.parquet")
+            return (Source(path=str(folder / "a.parquet"), epochs=1),)
+        case "saved":
+            table.save_to_disk(folder / "saved")
+            return (Source(path=str(folder / "saved"), epochs=1),)
+        case _:
+            datasets.DatasetDict({"test": table}).save_to_disk(folder / "saved")
+            return (Source(path=str(folder / "saved"), split="test", epochs=1),)
+
+
+@pytest.mark.parametrize(
+    "kind", ["lists", "arrays", "tensors", "table", "stream", "parquet", "saved", "saved with splits"]
+)
+def test_rows_of_ids(tokenizer: Any, tmp_path: Path, kind: str) -> None:
+    given = ids_in(tmp_path, kind)
+    options = {"sources": given} if isinstance(given, tuple) else {"documents": given}
+    rows = stream(tokenizer, **options).take(4).ids.tolist()
+    assert rows == [
+        ROWS[0],
+        ROWS[2][:8],
+        [0, 13, 14, 15, 0, 28, 29, 30],
+        [0, *ROWS[2][11:]],
+    ]
+
+
+def test_rows_of_ids_are_never_cut_short_unsaid(tokenizer: Any) -> None:
+    cut = stream(tokenizer, iter([ROWS[0], ROWS[2]]), pack=False)
+    assert cut.take(5).ids.tolist() == [ROWS[0], ROWS[2][:8]]
+    assert cut.counters["cut_ids"] == 10
+    with pytest.raises(DataError, match=r"expected rows of at least .* ids without .* found one of 3; set a smaller"):
+        stream(tokenizer, ROWS, pack=False).take(3)
+    padded = stream(tokenizer, iter(ROWS), pack=False, short="pad").take(3)
+    assert padded.lengths is not None
+    assert padded.lengths.tolist() == [8, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        ([["w1"]], "expected text, ids or messages, found list of str in document 1"),
+        ([[1.5, 2.0]], "expected text, ids or messages, found list of float"),
+        ([torch.ones(3)], r"expected a row of integers, found float32 of shape \[3\] in document 1"),
+        ([torch.ones(3, 3, dtype=torch.int64)], r"found int64 of shape \[3, 3\]"),
+        ([[3, -1]], "expected ids of at least 0, found -1 in document 1"),
+        (["w1", [3]], "expected text, found list of int in document 2"),
+        ([[3], "w1"], "expected a list of ids, found str in document 2"),
+        ([{"text": "w1"}], "expected text, ids or messages, found dict in document 1"),
+    ],
+)
+def test_items_that_are_no_documents(tokenizer: Any, documents: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        stream(tokenizer, iter(documents)).take(1)
+
+
+def test_a_column_of_none(tokenizer: Any, tmp_path: Path) -> None:
+    lines = [{"text": None, "n": 1}] * 4
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(DataError, match=r"a\.jsonl: expected text, found 4 documents, 4 of them empty"):
+        stream(tokenizer, sources=(Source(path=str(tmp_path / "a.jsonl")),)).take(1)
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*lines, {"text": texts(1)[0], "n": 2}])))
+    rows = stream(tokenizer, sources=(Source(path=str(tmp_path / "a.jsonl")),))
+    assert len(rows.take(1)) == 1
+    assert rows.counters["skipped_documents"] == 4
+
+
+def test_saved_datasets_that_cannot_be_read(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": ["a"]})}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match="expected a split 'train', found test; set split"):
+        open_source(Source(path=str(tmp_path / "saved")))
+    (tmp_path / "saved" / "test" / "state.json").write_text("{")
+    with pytest.raises(DataError, match="cannot open the saved dataset"):
+        open_source(Source(path=str(tmp_path / "saved" / "test")))
+
+
+def test_a_file_that_breaks_off_is_said(tokenizer: Any, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": text}) for text in texts(3000, length=40)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, '{"text": "w1']))
+    with pytest.raises(DataError, match=r"a\.jsonl"):
+        list(stream(tokenizer, sources=(Source(path=str(tmp_path / "a.jsonl"), epochs=1),)))
+
+
+# ---- order of files --------------------------------------------------------------------------------------------------
+
+
+def sharded(folder: Path, files: int, documents: int) -> Source:
+    for file in range(files):
+        lines = [json.dumps({"text": f"{file} {number}"}) for number in range(documents + file)]
+        (folder / f"{file}.jsonl").write_text("\n".join(lines))
+    return Source(path=str(folder))
+
+
+def test_files_are_read_in_turn_in_a_new_order_each_time(tmp_path: Path) -> None:
+    opened = open_source(sharded(tmp_path, 6, 4))
+    documents = Documents(opened.items, seed=0, open_shards=3)
+    passes = []
+    for _ in range(3):
+        batch = documents.batch(1000)
+        passes.append([tuple(map(int, text.split())) for text in batch.documents])
+    everything = [(file, number) for file in range(6) for number in range(4 + file)]
+    for found in passes:
+        assert sorted(found) == everything
+        for file in range(6):
+            assert [n for f, n in found if f == file] == list(range(4 + file)), "a file is read in its order"
+        first, second = found[:3], found[3:6]
+        assert len({f for f, _ in first}) == 3
+        assert [(f, n + 1) for f, n in first] == second
+        assert max(len({f for f, _ in found[i : i + 3]}) for i in range(len(found))) == 3
+    assert len({tuple(found) for found in passes}) == 3
+    in_order = Documents(opened.items, seed=None).batch(1000).documents
+    assert [tuple(map(int, text.split())) for text in in_order] == everything
+
+
+def test_the_order_does_not_depend_on_where_the_files_lie(tokenizer: Any, tmp_path: Path) -> None:
+    streams = []
+    for name in "ab":
+        folder = tmp_path / name / "text"
+        folder.mkdir(parents=True)
+        for number, text in enumerate(texts(20)):
+            (folder / f"{number}.txt").write_text(text)
+        streams.append(stream(tokenizer, sources=(Source(path=str(folder)),), shuffle=True))
+    first, second = streams
+    assert torch.equal(first.take(50).ids, second.take(50).ids)
+    assert first.provenance == second.provenance

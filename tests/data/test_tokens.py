@@ -1,18 +1,24 @@
 """From sources to rows: what is read, in which order, on which side of the split, and what is refused."""
 
+import copy
+import json
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from texts import CONTEXT, stream, texts, words
+from texts import CONTEXT, stream, texts, uneven, words
 
 from sae_kit.config import structure, unstructure
+from sae_kit.data.documents import Documents
 from sae_kit.data.holdout import is_held_out
+from sae_kit.data.provenance import check_provenance
 from sae_kit.data.sources import Source
-from sae_kit.data.tokens import DataConfig, Documents, TokenStream, excluded_ids, held_out_rows
+from sae_kit.data.tokenizing import Encoder, check_vocabulary, tokenizer_identity
+from sae_kit.data.tokens import DataConfig, TokenStream, excluded_ids, held_out_rows
 from sae_kit.errors import ConfigError, DataError
 
 
@@ -221,6 +227,15 @@ def test_ids_outside_the_vocabulary_are_refused_before_any_text_is_opened(
         ({"holdout": 1.0}, "holdout: expected a share"),
         ({"rows_per_forward": 0}, "rows_per_forward: expected at least 1"),
         ({"tokenize_batch": 0}, "tokenize_batch: expected at least 1"),
+        ({"open_shards": 0}, "open_shards: expected at least 1"),
+        ({"workers": -1}, "workers: expected at least 0, found -1"),
+        ({"short": "pad"}, 'short: expected "drop" with pack'),
+        ({"short": "cut"}, "short: expected one of 'drop', 'pad', found 'cut'"),
+        ({"exclude": "specials"}, "exclude: expected"),
+        ({"seq_slice": [0, 8, 0]}, "seq_slice: expected a step of at least 1, found 0"),
+        ({"seq_slice": [0, 8, -1]}, "seq_slice: expected a step of at least 1, found -1"),
+        ({"seq_slice": [8, None, None], "context_size": 8}, "seq_slice: expected some of 8 positions, found none in"),
+        ({"seq_slice": [1]}, "seq_slice: expected"),
         ({"sources": [{"path": "x", "weight": 0}]}, r"sources\[0\](\.|: )weight: expected a positive number"),
         ({"sources": [{"path": "x", "epochs": 0}]}, r"sources\[0\](\.|: )epochs: expected at least 1"),
     ],
@@ -237,6 +252,193 @@ def test_config_round_trip_and_bare_strings() -> None:
 
 
 def test_excluded_ids(tokenizer: Any) -> None:
+    from tokenizers import AddedToken
+
     assert excluded_ids("structural", tokenizer) == (0, 1, 2)
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens([AddedToken("<|im_start|>", special=True), AddedToken("plain", special=False)])
+    assert other.convert_tokens_to_ids("<|im_start|>") not in other.all_special_ids
+    other.add_special_tokens({"unk_token": "<|unknown|>"})
+    assert excluded_ids("structural", other) == (0, 1, 2)
+    assert excluded_ids("special", other) == (0, 1, 2, 64, 66)
     assert excluded_ids("none", tokenizer) == ()
     assert excluded_ids((7, 5, 7), tokenizer) == (5, 7)
+
+
+def test_positions_of_a_slice(tokenizer: Any) -> None:
+    assert DataConfig().positions(8) == range(8)
+    assert DataConfig(seq_slice=(1, -1, 3)).positions(8) == range(1, 7, 3)
+    assert list(DataConfig(seq_slice=(-2, None, None)).positions(8)) == [6, 7]
+    with pytest.raises(ConfigError, match=r"expected some of 8 positions, found none in \[9, None, None\]"):
+        stream(tokenizer, texts(4), seq_slice=(9, None, None))
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 5])
+def test_threads_change_no_row(tokenizer: Any, workers: int) -> None:
+    expected = stream(tokenizer, uneven(60), workers=0).take(150).ids
+    rows = stream(tokenizer, uneven(60), workers=workers, tokenize_batch=3)
+    assert torch.equal(rows.take(150).ids, expected)
+    rows.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_goes_wrong_in_a_thread_is_raised_where_rows_are_taken(tokenizer: Any, workers: int) -> None:
+    def documents() -> Iterator[str]:
+        yield from texts(30)
+        raise KeyError("a mistake of the reader")
+
+    rows = stream(tokenizer, documents(), workers=workers, tokenize_batch=4)
+    assert len(rows.take(20)) == 20
+    for _ in range(2):
+        with pytest.raises(KeyError, match="a mistake of the reader") as caught:
+            rows.take(100)
+        assert "documents" in {entry.name for entry in caught.traceback}, "with the traceback of the thread"
+    rows.close()
+
+
+def test_close_ends_the_threads(tokenizer: Any) -> None:
+    def names() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("tokenize")]
+
+    before = len(names())
+    rows = stream(tokenizer, uneven(50), workers=3, tokenize_batch=2)
+    assert len(names()) == before, "nothing runs before the first row"
+    rows.take(10)
+    assert len(names()) > before
+    rows.close()
+    assert len(names()) == before
+
+
+# ---- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def test_the_short_way_gives_what_the_tokenizer_gives() -> None:
+    from sae_kit.demo import corpus, load_tokenizer
+
+    plain = load_tokenizer()
+    texts = [*corpus().held_out[:20], "", " ", "é 漢字 🤖\x00", "<|endoftext|> in the text <|im_end|>", "x" * 5000]
+    texts += [f"{token} and {token}{token}" for token in plain.all_special_tokens]
+    cutting = copy.deepcopy(plain)
+    cutting.backend_tokenizer.enable_truncation(5)
+    cutting.backend_tokenizer.enable_padding(length=50)
+    splitting = copy.deepcopy(plain)
+    splitting.split_special_tokens = True
+    for tokenizer in (plain, cutting, splitting):
+        encoder = Encoder(tokenizer)
+        assert encoder._rust is not None
+        found = [ids.tolist() for ids in encoder(texts, "text")]
+        assert found == tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    one, other = (sum(len(ids) for ids in Encoder(tokenizer)(texts, "text")) for tokenizer in (plain, splitting))
+    assert one < other, "markers in the text are ids of their own unless they are to be split"
+
+
+def test_a_tokenizer_of_its_own_kind_is_called(tokenizer: Any) -> None:
+    class Shouting(type(tokenizer)):
+        def _encode_plus(self, text: Any, *args: Any, **kwargs: Any) -> Any:
+            return super()._encode_plus([part.replace("w1", "w2") for part in text], *args, **kwargs)
+
+    other = copy.copy(tokenizer)
+    other.__class__ = Shouting
+    assert stream(other, iter(["w1 w2 w1 w3 w4 w5 w6"])).take(1).ids.tolist() == [[0, 5, 5, 5, 6, 7, 8, 9]]
+
+
+def test_ids_that_the_model_does_not_have_are_refused(tokenizer: Any) -> None:
+    check_vocabulary(tokenizer, 64)
+    check_vocabulary(tokenizer, 100)
+    with pytest.raises(ConfigError, match="has 64 ids, but the model reads 50: it is the tokenizer of another model"):
+        check_vocabulary(tokenizer, 50)
+    rows = stream(tokenizer, texts(30), vocabulary=50)
+    with pytest.raises(DataError, match="id 63 is in the text, but the model reads ids below 50"):
+        rows.take(100)
+    rows = stream(tokenizer, iter([[3, 4, 5, 6, 7, 8, 9, 50]]), vocabulary=50)
+    with pytest.raises(DataError, match="id 50 is in the text"):
+        rows.take(1)
+
+
+# ---- rows that are not full ------------------------------------------------------------------------------------------
+
+
+def test_padding_is_known_from_lengths(tokenizer: Any) -> None:
+    documents = [words(1, 2), words(*range(9)), "", words(7)]
+    batch = stream(tokenizer, iter(documents), pack=False, short="pad").take(10)
+    assert batch.lengths is not None
+    assert batch.lengths.tolist() == [3, 8, 2]
+    assert batch.ids.tolist() == [[0, 4, 5, 2, 2, 2, 2, 2], [0, *range(3, 10)], [0, 10, 2, 2, 2, 2, 2, 2]]
+    assert next(stream(tokenizer, iter(documents), pack=False, short="pad")) == [0, 4, 5]
+    full = stream(tokenizer, iter(documents), pack=False)
+    assert full.take(10).lengths is None
+    assert full.counters == {
+        "skipped_documents": 1,
+        "blank_documents": 0,
+        "short_documents": 2,
+        "cut_ids": 2,
+        "tail_ids": 0,
+    }
+
+
+def test_the_last_row_is_kept_or_counted(tokenizer: Any) -> None:
+    documents = [words(*range(10)), "   "]
+    dropped, kept = (stream(tokenizer, iter(documents), tail=tail) for tail in ("drop", "pad"))
+    assert len(dropped.take(9)) == 1
+    assert (dropped.counters["tail_ids"], dropped.counters["blank_documents"]) == (4, 1)
+    batch = kept.take(9)
+    assert batch.lengths is not None
+    assert batch.lengths.tolist() == [8, 4]
+    assert batch.ids[1].tolist() == [0, 10, 11, 12, 2, 2, 2, 2]
+    assert kept.counters["tail_ids"] == 0
+    assert stream(tokenizer, iter(["w1"]), tail="pad").take(9).ids.tolist() == [[0, 4, 2, 2, 2, 2, 2, 2]]
+
+
+def test_documents_that_all_are_too_short_are_said(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"each of its documents has fewer than 8 ids; .* data\.short=pad"):
+        stream(tokenizer, ["w1 w2"] * 5, pack=False).take(1)
+
+
+def test_held_out_rows_are_packed_whatever_the_config_says(tokenizer: Any) -> None:
+    cfg = DataConfig(context_size=CONTEXT, holdout=0.5, pack=False, short="pad")
+    packed = DataConfig(context_size=CONTEXT, holdout=0.5)
+    rows = held_out_rows(cfg, tokenizer, 10, documents=uneven(60))
+    assert torch.equal(rows, held_out_rows(packed, tokenizer, 10, documents=uneven(60)))
+
+
+# ---- provenance ------------------------------------------------------------------------------------------------------
+
+
+def test_provenance_says_which_rows_these_are(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts(20)))
+    source = Source(path=str(tmp_path / "a.jsonl"), weight=2.0)
+    found = stream(tokenizer, sources=(source,), separator="eos").provenance
+    assert json.loads(json.dumps(found)) == found
+    assert str(tmp_path) not in json.dumps(found), "nothing of this machine"
+    marks = {"row_start": 0, "separator": 1, "doc_start": None}
+    assert found["packing"] == {"context_size": 8, **marks, "pack": True, "short": "drop", "tail": "drop"}
+    assert {"path": "a.jsonl", "kind": "text", "column": "text", "weight": 2.0, "holdout": 0.0}.items() <= found[
+        "sources"
+    ][0].items()
+    assert set(found["versions"]) == {"sae_kit", "torch", "transformers", "tokenizers", "datasets"}
+    assert len(found["tokenizer"]["sha256"]) == 64
+    other = copy.deepcopy(tokenizer)
+    other.backend_tokenizer.enable_truncation(5)
+    assert tokenizer_identity(other) == found["tokenizer"], "settings of a call are not the tokenizer's own"
+    other.add_tokens(["w99"])
+    assert tokenizer_identity(other)["sha256"] != found["tokenizer"]["sha256"]
+
+
+def test_what_changes_no_row_is_not_compared(tokenizer: Any) -> None:
+    ours = stream(tokenizer, texts(9), workers=0, tokenize_batch=3).provenance
+    theirs = copy.deepcopy(dict(stream(tokenizer, texts(9)).provenance))
+    theirs["versions"] = {"torch": "1.0"}
+    theirs["tokenizer"] |= {"name": "another/name", "revision": "main"}
+    check_provenance(ours, theirs, "this")
+    check_provenance({"tokens": ours}, {"tokens": theirs}, "this")
+    theirs["sources"][0]["weight"] = 3.0
+    with pytest.raises(ConfigError) as caught:
+        check_provenance(ours, theirs | {"more": 1}, "the cache in x")
+    assert str(caught.value) == (
+        "the cache in x was made with other settings: sources[0].weight: expected 1.0, found 3.0; "
+        "more: expected None, found 1"
+    )
+    check_provenance(ours, theirs, "this", only=("packing", "tokenizer"))
