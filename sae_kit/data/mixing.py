@@ -186,7 +186,7 @@ class Mixing(Iterator[dict[str, Tensor]]):
         if expected > CLUMPED:
             enough = -(-self.batch_tokens * ((context - 1) + (CLUMPED - 1)) // (2 * (CLUMPED - 1)))
             log.warning(
-                "a batch of %d from a buffer of %d tokens has about %.0f from each of its contexts, so its gradient is as "
+                "a batch of %d from a buffer of %d tokens has about %.0f from each of its contexts: its gradient is as "
                 "noisy as that of a batch %.0f times smaller; buffer.tokens=%d brings that to %d",
                 self.batch_tokens,
                 self.capacity,
