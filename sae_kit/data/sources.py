@@ -102,6 +102,8 @@ def open_source(source: Source) -> Opened:
         return _sequence((*corpus().train, *corpus().held_out), "text")
     path = Path(source.path).expanduser()
     if not path.exists():
+        if path.is_absolute() or source.path.startswith(".") or path.suffix in (*TEXT_FILES, *TABLES):
+            raise DataError(f"{source.path}: there is no such file or folder")
         return _open_dataset(source, source.path, source.data_files, sidecar=None)
     path /= source.data_dir or ""
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():

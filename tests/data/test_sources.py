@@ -163,6 +163,9 @@ def test_sources_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"cannot open dataset 'nobody/nothing', split 'train'"):
         open_source(Source(path="nobody/nothing"))
+    for path in (str(tmp_path / "nothing"), "./nothing", "~/nothing-here", "nothing.parquet"):
+        with pytest.raises(DataError, match=r"nothing.*: there is no such file or folder"):
+            open_source(Source(path=path))
     with pytest.raises(DataError, match=r"expected \.txt, .* files, found none"):
         open_source(Source(path=str(tmp_path)))
     (tmp_path / "a.txt").write_text("x")
