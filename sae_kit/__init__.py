@@ -20,14 +20,21 @@ if TYPE_CHECKING:
     from sae_kit.architectures.temporal import TemporalSAE, TemporalSAEConfig
     from sae_kit.architectures.topk import TopKSAE, TopKSAEConfig
     from sae_kit.data.batch import Batch
+    from sae_kit.data.buffer import BufferConfig
+    from sae_kit.data.cache import CacheConfig
+    from sae_kit.data.capture import capture
+    from sae_kit.data.models import ModelConfig
+    from sae_kit.data.pretokenize import pretokenize
+    from sae_kit.data.sources import Source
     from sae_kit.data.store import ActivationsStore
+    from sae_kit.data.tokens import DataConfig
     from sae_kit.hooked import HookedSAETransformer, SAETransformerBridge, attached
     from sae_kit.metadata import SAEMetadata
     from sae_kit.ops import SparseCodes
     from sae_kit.registry import list_architectures, register
     from sae_kit.sae import SAE
     from sae_kit.sae_config import SAEConfig
-    from sae_kit.training.run import RunConfig, train
+    from sae_kit.training.run import RunConfig, cache_activations, train
     from sae_kit.training.trainer import SAETrainer
 
 _HOMES = {
@@ -42,14 +49,21 @@ _HOMES = {
     "sae_kit.architectures.temporal": ("TemporalSAE", "TemporalSAEConfig"),
     "sae_kit.architectures.topk": ("TopKSAE", "TopKSAEConfig"),
     "sae_kit.data.batch": ("Batch",),
+    "sae_kit.data.buffer": ("BufferConfig",),
+    "sae_kit.data.cache": ("CacheConfig",),
+    "sae_kit.data.capture": ("capture",),
+    "sae_kit.data.models": ("ModelConfig",),
+    "sae_kit.data.pretokenize": ("pretokenize",),
+    "sae_kit.data.sources": ("Source",),
     "sae_kit.data.store": ("ActivationsStore",),
+    "sae_kit.data.tokens": ("DataConfig",),
     "sae_kit.hooked": ("HookedSAETransformer", "SAETransformerBridge", "attached"),
     "sae_kit.metadata": ("SAEMetadata",),
     "sae_kit.ops": ("SparseCodes",),
     "sae_kit.registry": ("list_architectures", "register"),
     "sae_kit.sae": ("SAE",),
     "sae_kit.sae_config": ("SAEConfig",),
-    "sae_kit.training.run": ("RunConfig", "train"),
+    "sae_kit.training.run": ("RunConfig", "cache_activations", "train"),
     "sae_kit.training.trainer": ("SAETrainer",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -62,6 +76,9 @@ __all__ = [
     "Batch",
     "BatchTopKSAE",
     "BatchTopKSAEConfig",
+    "BufferConfig",
+    "CacheConfig",
+    "DataConfig",
     "GatedSAE",
     "GatedSAEConfig",
     "HookedSAETransformer",
@@ -72,12 +89,14 @@ __all__ = [
     "MatchingPursuitSAEConfig",
     "MatryoshkaBatchTopKSAE",
     "MatryoshkaBatchTopKSAEConfig",
+    "ModelConfig",
     "PAnnealing",
     "RunConfig",
     "SAEConfig",
     "SAEMetadata",
     "SAETrainer",
     "SAETransformerBridge",
+    "Source",
     "SparseCodes",
     "StandardSAE",
     "StandardSAEConfig",
@@ -87,7 +106,10 @@ __all__ = [
     "TopKSAEConfig",
     "__version__",
     "attached",
+    "cache_activations",
+    "capture",
     "list_architectures",
+    "pretokenize",
     "register",
     "train",
 ]

@@ -5,6 +5,8 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 from test_docs import ROOT
 
 from sae_kit import SAE
@@ -22,6 +24,22 @@ def test_a_crosscoder_tells_shared_features_from_those_of_one_model() -> None:
     assert first >= 10
     assert shared >= 40
     assert second >= 10
+
+
+def test_patches_of_images_are_made_of_edges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = runpy.run_path(str(ROOT / "examples" / "image_patches.py"))
+    noise = torch.randn(200, script["SIDE"] ** 2, generator=torch.Generator().manual_seed(0))
+    assert script["concentration"](noise).median() < 0.4
+    variance, confined = script["main"](["--plot", str(tmp_path / "filters.png")], steps=300)
+    assert variance > 0.6
+    assert confined > 0.6
+    assert "explained variance" in capsys.readouterr().out
+    with Image.open(tmp_path / "filters.png") as filters:
+        assert filters.size[0] == 16 * 14 * 4
+    main = script["main"]
+    (tmp_path / "images").mkdir()
+    (tmp_path / "filters.png").rename(tmp_path / "images" / "one.png")
+    assert 0 < main([str(tmp_path / "images")], steps=20)[0] < 1
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)

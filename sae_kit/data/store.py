@@ -21,6 +21,7 @@ from sae_kit.data.buffer import BufferConfig
 from sae_kit.data.cache import Cache, CacheReader
 from sae_kit.data.capture import Reader, device_of, max_context, vocabulary_size
 from sae_kit.data.filters import PositionSlice, RowFilter
+from sae_kit.data.given import GivenRows
 from sae_kit.data.harvest import MEDIAN, Harvest
 from sae_kit.data.mixing import Mixing
 from sae_kit.data.models import ModelConfig, load_model, model_facts
@@ -162,6 +163,25 @@ class ActivationsStore(Iterator[dict[str, Tensor]]):
         if order == "global":  # mixed already
             return cls(reader, prefetch=ahead)
         return cls(Mixing(reader, cfg, batch_tokens=batch_tokens, train_tokens=train_tokens, seed=seed), prefetch=ahead)
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Iterable[Tensor | Mapping[str, Tensor]],
+        buffer: BufferConfig | None = None,
+        *,
+        site: str = "rows",
+        batch_tokens: int,
+        train_tokens: int | None = None,
+        seed: int = 0,
+    ) -> "ActivationsStore":
+        """Batches of rows that were made elsewhere: tensors [rows, width], of `site`, or mappings from site to them.
+
+        They are mixed as activations are; filters other than that for values that are not finite are not applied.
+        """
+        cfg = buffer or BufferConfig()
+        mixing = Mixing(GivenRows(rows, site), cfg, batch_tokens=batch_tokens, train_tokens=train_tokens, seed=seed)
+        return cls(mixing, prefetch=0 if cfg.prefetch == "auto" else cfg.prefetch)
 
     def __next__(self) -> dict[str, Float[Tensor, "batch _"]]:
         return next(self._batches)
