@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,8 +58,7 @@ def read(file: Path) -> Tensor:
     from PIL import Image
 
     with Image.open(file) as image:
-        grey = image.convert("L")
-        return torch.tensor(list(grey.getdata()), dtype=torch.float32).reshape(grey.height, grey.width) / 255
+        return torch.from_numpy(np.array(image.convert("L"), dtype=np.float32)) / 255
 
 
 def flattened(image: Tensor) -> Tensor:
