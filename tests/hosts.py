@@ -79,12 +79,46 @@ def hooked(family: str) -> Any:
     return host.eval()
 
 
-MAKERS: dict[str, Callable[[str], Any]] = {"plain": plain, "bridge": bridge, "hooked": hooked}
+def folded(family: str) -> Any:
+    """The same as a bridge with processed weights."""
+    host = bridge(family)
+    host.enable_compatibility_mode(
+        fold_ln=True, center_writing_weights=True, center_unembed=True, fold_value_biases=True
+    )
+    return host
+
+
+def native(_: str) -> Any:
+    """A bridge around a random model of TransformerLens's own, which has the places of a gpt2."""
+    from transformer_lens.config import TransformerBridgeConfig
+    from transformer_lens.model_bridge import TransformerBridge
+
+    shape: dict[str, Any] = {
+        "d_model": D_IN,
+        "d_head": D_IN // HEADS,
+        "n_heads": HEADS,
+        "n_layers": LAYERS,
+        "d_mlp": 48,
+    }
+    cfg = TransformerBridgeConfig(
+        **shape, n_ctx=32, d_vocab=VOCABULARY, act_fn="gelu", architecture="TransformerLensNative", seed=0
+    )
+    with torch.random.fork_rng():
+        return boot(cfg).eval()
+
+
+MAKERS: dict[str, Callable[[str], Any]] = {
+    "plain": plain,
+    "bridge": bridge,
+    "hooked": hooked,
+    "folded": folded,
+    "native": native,
+}
 
 
 @functools.cache
 def shared(kind: str, family: str) -> Any:
-    """A host that tests only read, or leave as it was: "plain", "bridge" or "hooked"."""
+    """A host that tests only read, or leave as it was; `kind` is a name in MAKERS."""
     return MAKERS[kind](family).requires_grad_(False)
 
 

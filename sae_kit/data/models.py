@@ -163,6 +163,11 @@ def _tokenizer(cfg: ModelConfig, **kwargs: Any) -> Any:
     )
 
 
+def _for_transformer_lens(cfg: ModelConfig) -> Any:
+    """A tokenizer for the host's own use, and so to be changed by it; None = it reads the model's."""
+    return None if cfg.tokenizer is None else _tokenizer(cfg, add_bos_token=True)
+
+
 def _bridge(cfg: ModelConfig, model: Any) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -170,9 +175,10 @@ def _bridge(cfg: ModelConfig, model: Any) -> Any:
     bridge = TransformerBridge.boot_transformers(
         model_path(str(cfg.name)),
         hf_model=model,
-        tokenizer=_tokenizer(cfg, add_bos_token=True),
+        tokenizer=_for_transformer_lens(cfg),
         device=str(model.device),
         dtype=model.dtype,
+        revision=cfg.revision,
         trust_remote_code=cfg.trust_remote_code,
     )
     if cfg.compat is not None:
@@ -194,7 +200,7 @@ def _hooked(cfg: ModelConfig, model: Any) -> Any:
         raise ConfigError(
             f'TransformerLens cannot make a HookedTransformer of {cfg.name!r} ({error}); choose host="bridge"'
         ) from error
-    host = hooked(config, _tokenizer(cfg, add_bos_token=True), move_to_device=False)
+    host = hooked(config, _for_transformer_lens(cfg), move_to_device=False)
     host.load_and_process_state_dict(weights, **flags)
     host.move_model_modules_to_device()
     return host

@@ -13,6 +13,7 @@ from sae_kit.data.sites import resolve
 from sae_kit.errors import ConfigError, SiteDidNotFireError
 
 HOSTS = [(family, kind) for family in FAMILIES for kind in kinds(family)]
+HOSTS += [("gpt2", "folded"), ("llama", "folded"), ("gpt2", "native")]
 every_host = pytest.mark.parametrize(("family", "kind"), HOSTS)
 NAMES = ["blocks.1.hook_mlp_out", "blocks.0.hook_resid_pre", "hook_embed", "blocks.1.attn.hook_z"]
 
@@ -81,7 +82,7 @@ def test_stops_after_the_last_site_and_leaves_no_hook(family: str, kind: str) ->
 def test_a_site_that_never_fires_and_a_model_that_fails_leave_no_hook(family: str, kind: str) -> None:
     host = shared(kind, family)
     host(ids())
-    before, blocks = hooks_of(host), "blocks" if kind == "hooked" else BLOCKS[family]
+    before, blocks = hooks_of(host), {"hooked": "blocks", "native": "layers"}.get(kind, BLOCKS[family])
     with pytest.raises(SiteDidNotFireError, match=rf"never reached '{blocks}:out'"):
         capture(host, ["blocks.1.hook_resid_pre", f"{blocks}:out"], ids())
     with pytest.raises(IndexError):

@@ -138,8 +138,10 @@ def test_another_tokenizer(folder: Path, tmp_path: Path) -> None:
 
     other = AutoTokenizer.from_pretrained(folder, bos_token="<eos>")
     other.save_pretrained(tmp_path)
-    for host in ("hf", "bridge"):
-        assert loaded(folder, tokenizer=str(tmp_path), host=host)[1].bos_token_id == 1
+    for host in ("hf", "bridge", "hooked") if HAS_HOOKED else ("hf", "bridge"):
+        model, own = loaded(folder, tokenizer=str(tmp_path), host=host)
+        assert own.bos_token_id == 1
+        assert host == "hf" or model.tokenizer.bos_token_id == 1
 
 
 def test_the_demo_model_is_one_of_them() -> None:
