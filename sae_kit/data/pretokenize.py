@@ -69,7 +69,11 @@ def pretokenize(cfg: PretokenizeConfig) -> Path:
     try:
         new.mkdir(parents=True)
         counts = _write_rows(new, stream, cfg.tokens)
-        ours = {"format": FORMAT, "provenance": stream.provenance, "counts": {**counts, **stream.counters}}
+        ours = {
+            "format": FORMAT,
+            "provenance": stream.provenance,
+            "counts": {"documents": stream.documents, **counts, **stream.counters},
+        }
         _write_json(new / "sae_kit.json", ours)
         _write_json(new / "sae_lens.json", _for_saelens(cfg, stream))
         os.replace(new, out)

@@ -36,6 +36,8 @@ class SourceRows(Iterator[Ids]):
         self.documents, self.packer = documents, packer
         self.rows = 0
         """rows handed out"""
+        self.used = 0
+        """documents that they were made of, those of a row begun included"""
         self.passes = 0
         """passes that the rows handed out are through with"""
         self._skipped = 0
@@ -57,6 +59,7 @@ class SourceRows(Iterator[Ids]):
             if self._used < len(self._ids):
                 self._ready.extend(self._pack(self._ids[self._used]))
                 self._used += 1
+                self.used += 1
             elif self._ended:
                 raise StopIteration
             else:
@@ -74,6 +77,7 @@ class SourceRows(Iterator[Ids]):
             "ready": torch.from_numpy(ready),
             "ready_lengths": [len(row) for row in self._ready],
             "rows": self.rows,
+            "documents_used": self.used,
             "passes": self.passes,
             "skipped": self._skipped,
         }
@@ -96,7 +100,8 @@ class SourceRows(Iterator[Ids]):
         self._before, self._used, self._ids = state["documents"], state["used"], []
         ready = np.asarray(state["ready"], np.int32).copy()
         self._ready = deque(np.split(ready, np.cumsum(state["ready_lengths"])[:-1]) if len(ready) else ())
-        self.rows, self.passes, self._skipped = state["rows"], state["passes"], state["skipped"]
+        self.rows, self.used = state["rows"], state["documents_used"]
+        self.passes, self._skipped = state["passes"], state["skipped"]
         self._ended = False
 
     def close(self) -> None:

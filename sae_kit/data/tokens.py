@@ -150,6 +150,11 @@ class TokenStream(Iterator[list[int]]):
         return {reason: sum(counters[reason] for counters in of_each) for reason in of_each[0]}
 
     @property
+    def documents(self) -> int:
+        """Documents that the rows were made of, in every pass anew."""
+        return sum(source.used for source in self.sources)
+
+    @property
     def passes(self) -> int:
         """Passes that every source which has not ended is through with."""
         return min((self.sources[i].passes for i in self._weights), default=0)

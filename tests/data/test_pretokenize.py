@@ -2,7 +2,8 @@
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def test_rows_are_read_as_they_were_written(text: Path, llama_folder: Path, toke
     assert dataset["input_ids"][:] == expected.tolist()
     assert torch.equal(read(tokenizer, folder).take(10_000).ids, expected)
     written = json.loads((folder / "sae_kit.json").read_text())
+    assert written["counts"]["documents"] == 80
     assert written["counts"]["rows"] == len(expected)
     assert written["counts"]["tokens"] == expected.numel()
     assert 0 < written["counts"]["tail_ids"] < CONTEXT
@@ -183,18 +185,24 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    Hub.commits, Hub.asked = [], []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Generator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
 
 
-def test_rows_go_to_the_hub(text: Path, llama_folder: Path, tmp_path: Path, hub: str) -> None:
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    Hub.commits, Hub.asked = [], []
+    with serving(Hub) as address:
+        yield address
+
+
+def test_rows_go_to_the_hub(text: Path, llama_folder: Path, tokenizer: Any, tmp_path: Path, hub: str) -> None:
     import base64
     import io
 
@@ -210,5 +218,51 @@ def test_rows_go_to_the_hub(text: Path, llama_folder: Path, tmp_path: Path, hub:
     assert table.num_rows == written["counts"]["rows"]
     assert "path: data/train-*" in files["README.md"].decode()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows", "text.jsonl"]
+    local = tmp_path / "pulled"
+    for path, content in files.items():
+        (local / path).parent.mkdir(parents=True, exist_ok=True)
+        (local / path).write_bytes(content)
+    assert torch.equal(read(tokenizer, local).take(9).ids, read(tokenizer, folder).take(9).ids)
+    with pytest.raises(ConfigError, match=r"packing\.context_size: expected 16, found 8"):
+        read(tokenizer, local, context_size=16)
     with pytest.raises(DataError, match=r"cannot push to the data set me/rows: .* The rows are in .*rows; a token"):
         push_rows(folder, PushConfig(repo="me/rows"), endpoint=hub, token="wrong")
+
+
+class Resolver(BaseHTTPRequestHandler):
+    """As much of the hub as gives one small file."""
+
+    file: bytes
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        there = self.path == "/datasets/me/rows/resolve/main/sae_kit.json"
+        self.send_response(200 if there else 404)
+        self.send_header("ETag", '"abc"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("X-Error-Code" if not there else "X-None", "EntryNotFound")
+        self.send_header("Content-Length", str(len(self.file) if there else 0))
+        self.end_headers()
+        if there and self.command == "GET":
+            self.wfile.write(self.file)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("repo", "found"), [("me/rows", {"provenance": 1}), ("me/others", None)])
+def test_rows_on_the_hub_have_their_description(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repo: str, found: Any
+) -> None:
+    from sae_kit.data import sources
+
+    Resolver.file = b'{"provenance": 1}'
+    with serving(Resolver) as address:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        assert sources._sidecar_on_the_hub(Source(path=repo)) == found

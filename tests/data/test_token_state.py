@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,7 @@ def test_the_rows_after_a_resume_are_the_same(make: Make) -> None:
     expected = list(whole.take(ROWS).ids.tolist())
     assert isinstance(whole, TokenRows)
     assert whole.resumable
-    counters, passes = whole.counters, whole.passes
+    counters, passes, used = whole.counters, whole.passes, whole.documents
     whole.close()
     points = random.Random(1).sample(range(len(expected)), min(8, len(expected)))
     for point in (0, *points):
@@ -165,7 +165,7 @@ def test_the_rows_after_a_resume_are_the_same(make: Make) -> None:
         assert second.rows == point
         assert as_json(second.state_dict()) == as_json(state)
         assert second.take(ROWS - point).ids.tolist() == expected[point:]
-        assert (second.counters, second.passes) == (counters, passes)
+        assert (second.counters, second.passes, second.documents) == (counters, passes, used)
         second.close()
 
 
@@ -247,3 +247,31 @@ def test_closed_is_the_end_and_may_be_said_twice(make: Make) -> None:
     rows.close()
     rows.close()
     assert len(rows.take(3)) == 0
+
+
+class Counted(Sequence[str]):
+    """Documents that count how often they are read."""
+
+    def __init__(self, documents: list[str]) -> None:
+        self.documents, self.reads = documents, 0
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, index: Any) -> Any:
+        self.reads += 1
+        return self.documents[index]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_is_read_again_but_the_batch_in_use_and_little_ahead(tokenizer: Any, workers: int) -> None:
+    options: dict[str, Any] = {"tokenize_batch": 5, "workers": workers}
+    first = stream(tokenizer, Counted(uneven(1000)), **options)
+    first.take(900)
+    second = stream(tokenizer, documents := Counted(uneven(1000)), **options)
+    opening = documents.reads
+    second.load_state_dict(first.state_dict())
+    second.take(1)
+    second.close()
+    assert documents.reads - opening <= 5 * (2 + workers)
+    first.close()
