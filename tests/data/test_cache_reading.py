@@ -183,6 +183,15 @@ def test_tokens_end_a_run(folder: Path) -> None:
         CacheReader(folder, batch_tokens=64, tokens=501)
 
 
+def test_less_than_a_batch_is_said(folder: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"expected at least one batch of 512 activations of the cache in .*found 500"
+    ):
+        CacheReader(folder, batch_tokens=512)
+    with pytest.raises(ConfigError, match=r"expected at least one batch of 64 .*found 63"):
+        CacheReader(folder, batch_tokens=64, tokens=63)
+
+
 def test_the_global_order_mixes_contexts(tmp_path: Path) -> None:
     """Rows of one context share a batch no more often than any two rows, and there is no order in a batch."""
     write_cache(RandomHarvest(widths={"a": 1}, forwards=400, context=16), tmp_path, tokens=20_000, dtype="float32")

@@ -27,6 +27,8 @@ class CacheConfig:
     """folder or hub data set of activations that takes the place of model and text"""
     write: str | None = None
     """folder that a cache is written to"""
+    sites: str | tuple[str, ...] | None = None
+    """sites to write; None = those that the SAEs of the run read and write"""
     tokens: int | None = None
     """activations to write; None = train.tokens"""
     dtype: StoredDtype = "bf16"

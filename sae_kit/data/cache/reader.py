@@ -95,7 +95,8 @@ class CacheReader(Iterator[dict[str, Tensor]]):
 
         Raises:
             HookNotFoundError: a site that is not in the cache.
-            ConfigError: more tokens than the epochs have, or a cache of other settings than `expected`.
+            ConfigError: more tokens than the epochs have, or fewer than a batch; a cache of other settings than
+                `expected`.
             DataError, CorruptFileError: as `open_cache`.
         """
         self.cache = cache if isinstance(cache, Cache) else open_cache(cache)
@@ -159,7 +160,7 @@ class CacheReader(Iterator[dict[str, Tensor]]):
     def __next__(self) -> dict[str, Float[Tensor, "batch _"]]:
         number = min(self.batch_tokens, self._total - self._given)
         if self._closed or number <= 0 or (number < self.batch_tokens and self._drop_last):
-            self._dropped_last = 0 if self._closed else max(0, number)
+            self._dropped_last = self._dropped_last if self._closed else max(0, number)
             raise StopIteration
         batch = self._gather(self._next_numbers(number))
         self._epoch, self._position = divmod(self._given + number, self._rows)
@@ -205,6 +206,12 @@ class CacheReader(Iterator[dict[str, Tensor]]):
             raise ConfigError(
                 f"{self.cache.place} has {self._rows:,} activations, {available:,} in {epochs or 1} epochs, and "
                 f"{tokens:,} are asked for. Set cache.epochs to {-(-tokens // self._rows)}, or train on fewer tokens"
+            )
+        total = available if tokens is None else tokens
+        if total < self.batch_tokens and self._drop_last:
+            raise ConfigError(
+                f"expected at least one batch of {self.batch_tokens:,} activations of {self.cache.place}, "
+                f"found {total:,}"
             )
         return available if tokens is None else tokens // self.batch_tokens * self.batch_tokens
 

@@ -139,7 +139,8 @@ class _Writer:
             )
         check_provenance(self._harvest.provenance, found.provenance, f"the cache in {self._folder}")
         if not found.complete:
-            log.info("going on after %s of %s activations in %s", found.rows, found.tokens, self._folder)
+            log.info("going on after %s of %s activations in %s", f"{found.rows:,}", f"{found.tokens:,}", self._folder)
+            self._check_space(found.tokens - found.rows, sum(shard.bytes for shard in found.shards) / found.rows)
         return found
 
     def _entry(self, index: int) -> ShardEntry | None:
@@ -232,15 +233,7 @@ class _Writer:
         widths = {site: values.shape[1] for site, values in forward.rows.items()}
         row = sum(bytes_per_row(width, self._dtype) for width in widths.values())
         ids = forward.tokens.ids.numel() / max(1, len(forward.kept))
-        needed = int(self._tokens * (row + BYTES_OF_PLACE + BYTES_OF_ID * ids))
-        free = shutil.disk_usage(self._folder).free
-        if needed > free:
-            raise OSError(
-                errno.ENOSPC,
-                f"{self._tokens:,} activations of {row:,} bytes take about {needed / 1e9:,.1f} GB, and "
-                f"{free / 1e9:,.1f} GB are free. Write fewer, store int8, or choose another disk",
-                str(self._folder),
-            )
+        self._check_space(self._tokens, row + BYTES_OF_PLACE + BYTES_OF_ID * ids)
         names = {site: str(values.dtype).removeprefix("torch.") for site, values in forward.rows.items()}
         return Manifest(
             format=FORMAT,
@@ -253,6 +246,17 @@ class _Writer:
             tokens=self._tokens,
             rows_per_shard=self._asked_per_shard or max(1, SHARD_BYTES // row),
         )
+
+    def _check_space(self, rows: int, bytes_per_row: float) -> None:
+        """That so many more activations will fit on the disk."""
+        needed, free = rows * bytes_per_row, shutil.disk_usage(self._folder).free
+        if needed > free:
+            raise OSError(
+                errno.ENOSPC,
+                f"{rows:,} activations of {bytes_per_row:,.0f} bytes take {needed / 1e9:,.2f} GB, and "
+                f"{free / 1e9:,.2f} GB are free. Write fewer, store int8, or choose another disk",
+                str(self._folder),
+            )
 
     def _check(self, forward: Harvested) -> None:
         """That a forward is like those before it."""
