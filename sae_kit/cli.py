@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from sae_kit import config as trees
 from sae_kit._version import __version__
@@ -19,6 +19,7 @@ from sae_kit.errors import SAEKitError
 
 MODEL = "language model: hub id, folder, or demo"
 DATASET = "text: hub id, file, folder, or demo"
+HOOK = "site that is read, e.g. blocks.8.hook_resid_pre"
 TREE_COMMANDS = {
     "train": "train SAEs from flags, or from a YAML or JSON file with overrides",
     "cache": "write the activations of a run to disk, to train on them many times",
@@ -74,7 +75,7 @@ def _train(arguments: Sequence[str]) -> None:
 
 
 def _cache(arguments: Sequence[str]) -> None:
-    tree = RunCommand("cache").parse(arguments)
+    tree = CacheCommand().parse(arguments)
     from sae_kit.training.config import RunConfig
     from sae_kit.training.run import cache_activations
 
@@ -97,31 +98,77 @@ PRETOKENIZE: ShortFlags = {
 
 def parse_train(arguments: Sequence[str]) -> dict[str, Any]:
     """The config tree of `sae-kit train [FILE] [FIELD=VALUE ...] [--FIELD VALUE ...]`."""
-    return RunCommand("train").parse(arguments)
+    return TrainCommand().parse(arguments)
 
 
 class RunCommand(TreeCommand):
-    """A command whose arguments are a run: flags of one architecture, and short names for a run of one SAE."""
+    """A command whose arguments are a run, with short names for a run of one SAE."""
 
-    def __init__(self, name: str) -> None:
-        from sae_kit.training.config import SHORT_NAMES, RunConfig
+    shorts: ClassVar[Mapping[str, str]] = {}
+    """short flags and their lines of help"""
+    left_out: tuple[str, ...] = ()
+    """sections of the run that have no flags"""
 
-        helps = {
-            "model": MODEL,
-            "dataset": DATASET,
-            "hook": "site that is read, e.g. blocks.8.hook_resid_pre",
-            "hook_out": "site that is written, if it is another one: the SAE is then a transcoder",
-            "arch": "architecture of the SAE",
-            "tokens": "activation rows to train on",
-        }
-        paths = {**SHORT_NAMES, "arch": (*SHORT_NAMES["sae"], "architecture")}
-        description = {
-            "train": "Train SAEs. A share of the run is written '5%'.",
-            "cache": "Write the activations that a run would train on to cache.write.",
-        }
-        super().__init__(
-            name, description[name], RunConfig, {flag: (paths[flag], text) for flag, text in helps.items()}
-        )
+    def __init__(self, name: str, description: str) -> None:
+        from sae_kit.training.config import RunConfig
+
+        short = {flag: (self.path(flag), text) for flag, text in self.shorts.items()}
+        super().__init__(name, description, RunConfig, short)
+
+    def expand(self, tree: dict[str, Any]) -> dict[str, Any]:
+        from sae_kit.training.config import expand_short_names
+
+        return expand_short_names(tree)
+
+    def path(self, name: str) -> tuple[str, ...]:
+        """`sae.k` and `tokens` are short for longer paths."""
+        from sae_kit.training.config import SHORT_NAMES
+
+        first, *others = name.split(".")
+        if first == "model" and others:
+            return (first, *others)
+        return (*SHORT_NAMES.get(first, (first,)), *others)
+
+    def parser(self, arguments: Sequence[str], tree: dict[str, Any]) -> argparse.ArgumentParser:
+        parser = self.empty_parser()
+        self.add_short(parser.add_argument_group("short"))
+        add_sections(parser, parser.add_argument_group("the run"), self.root, "", self.left_out)
+        return parser
+
+
+class CacheCommand(RunCommand):
+    """`sae-kit cache`: a run of which the activations are written; `hook` is cache.sites."""
+
+    shorts: ClassVar[Mapping[str, str]] = {
+        "model": MODEL,
+        "dataset": DATASET,
+        "hook": f"{HOOK}; several as [a, b]",
+        "tokens": "activations to write",
+    }
+    left_out = ("name", "out", "saes", "optim", "schedule", "eval", "log")
+
+    def __init__(self) -> None:
+        super().__init__("cache", "Write the activations that a run would train on to cache.write.")
+
+    def path(self, name: str) -> tuple[str, ...]:
+        return ("cache", "sites") if name == "hook" else super().path(name)
+
+
+class TrainCommand(RunCommand):
+    """`sae-kit train`, with the flags of one architecture."""
+
+    shorts: ClassVar[Mapping[str, str]] = {
+        "model": MODEL,
+        "dataset": DATASET,
+        "hook": HOOK,
+        "hook_out": "site that is written, if it is another one: the SAE is then a transcoder",
+        "arch": "architecture of the SAE",
+        "tokens": "activation rows to train on",
+    }
+    left_out = ("saes",)
+
+    def __init__(self) -> None:
+        super().__init__("train", "Train SAEs. A share of the run is written '5%'.")
 
     def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
         tree = super().parse(arguments)
@@ -141,25 +188,12 @@ class RunCommand(TreeCommand):
             import_architectures(source)
         return rest
 
-    def expand(self, tree: dict[str, Any]) -> dict[str, Any]:
-        from sae_kit.training.config import expand_short_names
-
-        return expand_short_names(tree)
-
     def path(self, name: str) -> tuple[str, ...]:
-        """`sae.k` and `tokens` are short for longer paths."""
-        from sae_kit.training.config import SHORT_NAMES
-
-        if name == "arch":
-            name = "sae.architecture"
-        first, *others = name.split(".")
-        if first == "model" and others:
-            return (first, *others)
-        return (*SHORT_NAMES.get(first, (first,)), *others)
+        return super().path("sae.architecture" if name == "arch" else name)
 
     def parser(self, arguments: Sequence[str], tree: dict[str, Any]) -> argparse.ArgumentParser:
         from sae_kit.registry import list_architectures
-        from sae_kit.training.config import RunConfig, SAEEntry
+        from sae_kit.training.config import SAEEntry
 
         architecture = self._architecture(arguments, tree)
         parser = self.empty_parser()
@@ -169,7 +203,7 @@ class RunCommand(TreeCommand):
         add_fields(sae, list_architectures()[architecture].config, "sae", leave_out=("metadata",))
         entry = parser.add_argument_group("training of the SAE")
         add_sections(parser, entry, SAEEntry, "saes.sae.", leave_out=("sae", "hook", "hook_out"))
-        add_sections(parser, parser.add_argument_group("the run"), RunConfig, "", leave_out=("saes",))
+        add_sections(parser, parser.add_argument_group("the run"), self.root, "", self.left_out)
         return parser
 
     def add_short(self, group: Any) -> None:

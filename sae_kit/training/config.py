@@ -183,6 +183,12 @@ class RunConfig:
         """Every site that some SAE reads or writes, once, sorted."""
         return tuple(sorted({site for entry in self.saes.values() for sites in entry.sites for site in sites}))
 
+    @property
+    def cached_sites(self) -> tuple[str, ...]:
+        """Sites whose activations are written to a cache."""
+        named = self.cache.sites
+        return self.sites if named is None else (named,) if isinstance(named, str) else tuple(named)
+
     @classmethod
     def from_dict(cls, data: object, where: str = "") -> "RunConfig":
         """Build from plain data, in which the short names of one-SAE runs may stand for paths.

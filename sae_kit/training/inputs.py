@@ -30,10 +30,13 @@ class LiveInputs:
         model: nn.Module | None = None,
         tokenizer: Any = None,
         documents: Iterable[Any] | None = None,
+        sites: tuple[str, ...] | None = None,
     ) -> None:
+        """`sites` are read instead of those of the SAEs."""
         self._cfg, self._documents = cfg, documents
+        self._sites = cfg.sites if sites is None else sites
         if model is None:
-            model, own = load_model(cfg.model, cfg.sites)
+            model, own = load_model(cfg.model, self._sites)
             tokenizer = tokenizer or own
         self.model, self.tokenizer = model, tokenizer
         self.reader = cfg.model.reader(model)
@@ -64,7 +67,7 @@ class LiveInputs:
             self.reader,
             cfg.data,
             cfg.buffer,
-            sites=cfg.sites,
+            sites=self._sites,
             train_tokens=cfg.train.tokens,
             batch_tokens=cfg.train.batch_tokens,
             seed=cfg.seed,
@@ -77,12 +80,12 @@ class LiveInputs:
         """The same activations in the order of the text."""
         cfg = self._cfg
         tokens = token_stream(
-            self.model, cfg.data, sites=cfg.sites, tokenizer=self.tokenizer, documents=self._documents, seed=cfg.seed
+            self.model, cfg.data, sites=self._sites, tokenizer=self.tokenizer, documents=self._documents, seed=cfg.seed
         )
         return harvest(
             self.reader,
             tokens,
-            cfg.sites,
+            self._sites,
             rows_per_forward=cfg.data.rows_per_forward,
             excluded=excluded_ids(cfg.data.exclude, self.tokenizer),
             seq_slice=cfg.data.seq_slice,

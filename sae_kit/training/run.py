@@ -52,8 +52,8 @@ class RunResult:
 
 def train(
     *,
-    model: str | nn.Module,
-    dataset: str | Mapping[str, Any] | Iterable[str],
+    model: str | nn.Module | None = None,
+    dataset: str | Mapping[str, Any] | Iterable[Any] | None = None,
     hook: str | Sequence[str],
     sae: SAEConfig | Mapping[str, Any],
     tokens: int,
@@ -65,9 +65,10 @@ def train(
     """Train one SAE on one site of a model, evaluate it on held-out text and save it.
 
     `model` is a hub id, a folder, "demo", or a model with its `tokenizer`; `dataset` is a hub id, a file, a folder,
-    "demo", or any iterable of texts. With `hook_out` the SAE is a transcoder, which writes that site; with several
-    hooks a crosscoder, or a cross-layer transcoder if `sae.cross_layer` says so. Every other field of the config tree
-    goes by its section: `optim={"lr": 1e-4}`, `train={"batch_tokens": 2048}`.
+    "demo", or any iterable of documents; neither is needed with `cache={"read": ...}`. With `hook_out` the SAE is a
+    transcoder, which writes that site; with several hooks a crosscoder, or a cross-layer transcoder if
+    `sae.cross_layer` says so. Every other field of the config tree goes by its section: `optim={"lr": 1e-4}`,
+    `train={"batch_tokens": 2048}`.
 
     Raises:
         ConfigError: an unknown or impossible field. HookNotFoundError: `hook` is not in the model.
@@ -79,12 +80,12 @@ def train(
     documents = None
     if isinstance(model, str):
         tree["model"] = model
-    if isinstance(dataset, str | Mapping):
-        tree["dataset"] = dataset
+    if dataset is None or isinstance(dataset, str | Mapping):
+        tree |= {} if dataset is None else {"dataset": dataset}
     else:
         documents = dataset
     cfg = RunConfig.from_dict(tree)
-    host = None if isinstance(model, str) else model
+    host = model if isinstance(model, nn.Module) else None
     return run(cfg, model=host, tokenizer=tokenizer, documents=documents, callbacks=callbacks)
 
 
@@ -233,10 +234,9 @@ def cache_activations(
     """
     if cfg.cache.write is None:
         raise ConfigError("cache.write: expected a folder to write to, found None")
-    if not cfg.saes:
-        raise ConfigError("there is no site to read: name one by hook, or give entries of saes")
-    live = LiveInputs(cfg, model, tokenizer, documents)
-    source = live.harvest()
+    if not cfg.cached_sites:
+        raise ConfigError("there is no site to read: name some in cache.sites, or give entries of saes")
+    source = LiveInputs(cfg, model, tokenizer, documents, sites=cfg.cached_sites).harvest()
     folder = Path(cfg.cache.write)
     try:
         write_cache(
