@@ -29,7 +29,7 @@ from sae_kit.data.packing import Packer
 from sae_kit.data.provenance import check_provenance, check_sidecar, digest, versions
 from sae_kit.data.rows import SourceRows
 from sae_kit.data.sources import Source, as_documents, describe_source, open_source, portable, share_of
-from sae_kit.data.tokenizing import Encoder, tokenizer_identity
+from sae_kit.data.tokenizing import Encoder, check_vocabulary, tokenizer_identity
 from sae_kit.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -181,14 +181,16 @@ class TokenStream(Iterator[list[int]]):
         `documents` are strings, chats or lists of ids, or one split of a `datasets` dataset with a column of them.
 
         Raises:
-            ConfigError: no source, no size of rows, an id that is not in the vocabulary, or rows that were tokenised
-                before with other settings.
+            ConfigError: no source, no size of rows, an id that is not in the vocabulary, the tokenizer of a model with
+                more ids, or rows that were tokenised before with other settings.
             DataError: a source that cannot be opened, is empty, or has no column to read.
         """
         size = cfg.context_size or context_size
         if size is None:
             raise ConfigError("data.context_size: expected a number of ids per row, found None")
         cfg.positions(size)
+        if vocabulary is not None:
+            check_vocabulary(tokenizer, vocabulary)
         marks = {
             mark: special_id(getattr(cfg, mark), tokenizer, mark) for mark in ("row_start", "separator", "doc_start")
         }

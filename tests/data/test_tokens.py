@@ -352,12 +352,16 @@ def test_ids_that_the_model_does_not_have_are_refused(tokenizer: Any) -> None:
     check_vocabulary(tokenizer, 100)
     with pytest.raises(ConfigError, match="has 64 ids, but the model reads 50: it is the tokenizer of another model"):
         check_vocabulary(tokenizer, 50)
-    rows = stream(tokenizer, texts(30), vocabulary=50)
-    with pytest.raises(DataError, match="id 63 is in the text, but the model reads ids below 50"):
-        rows.take(100)
-    rows = stream(tokenizer, iter([[3, 4, 5, 6, 7, 8, 9, 50]]), vocabulary=50)
-    with pytest.raises(DataError, match="id 50 is in the text"):
+    with pytest.raises(ConfigError, match="the model reads 50"):
+        stream(tokenizer, texts(30), vocabulary=50)
+    rows = stream(tokenizer, iter([[3, 4, 5, 6, 7, 8, 9, 64]]), vocabulary=64)
+    with pytest.raises(DataError, match="id 64 is in the text, but the model reads ids below 64"):
         rows.take(1)
+    more = copy.deepcopy(tokenizer)
+    more.add_tokens(["added"])
+    assert len(stream(more, texts(30), vocabulary=64).take(5)) == 5, "an added token does no harm until it is met"
+    with pytest.raises(DataError, match="id 64 is in the text"):
+        stream(more, [*texts(2), "w1 added w2"], vocabulary=64).take(20)
 
 
 # ---- rows that are not full ------------------------------------------------------------------------------------------
