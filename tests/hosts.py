@@ -91,8 +91,8 @@ def folded(family: str) -> Any:
 def native(_: str) -> Any:
     """A bridge around a random model of TransformerLens's own, which has the places of a gpt2."""
     from transformer_lens.config import TransformerBridgeConfig
-    from transformer_lens.model_bridge import TransformerBridge
 
+    boot = importlib.import_module("transformer_lens.model_bridge").TransformerBridge.boot_native
     shape: dict[str, Any] = {
         "d_model": D_IN,
         "d_head": D_IN // HEADS,
