@@ -94,6 +94,7 @@ PRETOKENIZE: ShortFlags = {
     "dataset": (("data", "sources"), DATASET),
     "context_size": (("data", "context_size"), "ids per row"),
 }
+"""Short flags of `sae-kit pretokenize`."""
 
 
 def parse_train(arguments: Sequence[str]) -> dict[str, Any]:
