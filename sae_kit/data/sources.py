@@ -122,7 +122,10 @@ def open_source(source: Source) -> Opened:
         raise DataError(f"{source.path}: expected one kind of files, found {found}; choose by data_files")
     files = [file for file in files if file.suffix in kinds]
     builder = builders.pop()
-    return _sequence(_Files(files), "text") if builder == "text" else _open_tables(source, builder, files, path)
+    if builder != "text":
+        return _open_tables(source, builder, files, path)
+    root = path.parent if path.is_file() else path
+    return Opened(_Files(files), "text", number=len(files), fingerprint=fingerprint_of_files(files, root))
 
 
 def as_documents(documents: Iterable[Any]) -> Opened:

@@ -241,6 +241,16 @@ def test_the_state_of_other_settings_is_refused(tokenizer: Any, options: dict[st
         rows.load_state_dict(state)
 
 
+@pytest.mark.parametrize("kind", ["text files", "jsonl"])
+def test_files_that_were_changed_meanwhile_are_noticed(tokenizer: Any, tmp_path: Path, kind: str) -> None:
+    options = sources(kind, uneven(70), tmp_path / "in")
+    state = stream(tokenizer, **options).state_dict()
+    changed = sorted((tmp_path / "in").iterdir())[5]
+    changed.write_text(changed.read_text().replace("w5", "w55"))
+    with pytest.raises(ConfigError, match=r"sources\[0\]\.fingerprint"):
+        stream(tokenizer, **options).load_state_dict(state)
+
+
 def test_closed_is_the_end_and_may_be_said_twice(make: Make) -> None:
     rows = make()
     rows.take(3)
