@@ -246,7 +246,7 @@ def test_files_that_were_changed_meanwhile_are_noticed(tokenizer: Any, tmp_path:
     options = sources(kind, uneven(70), tmp_path / "in")
     state = stream(tokenizer, **options).state_dict()
     changed = sorted((tmp_path / "in").iterdir())[5]
-    changed.write_text(changed.read_text().replace("w5", "w55"))
+    changed.write_text(changed.read_text() + "\n" + json.dumps({"text": "w5"}))
     with pytest.raises(ConfigError, match=r"sources\[0\]\.fingerprint"):
         stream(tokenizer, **options).load_state_dict(state)
 
