@@ -16,7 +16,7 @@ from harvests import SPECIAL, RandomHarvest, all_rows
 from torch import Tensor
 
 from sae_kit.data.cache import CacheReader, open_cache, write_cache
-from sae_kit.data.cache.memory import Column, Recycled
+from sae_kit.data.cache.memory import Column, Places, Recycled
 from sae_kit.data.cache.ordering import Blocks, Permutation, Shuffled
 from sae_kit.errors import ConfigError, CorruptFileError, DataError, HookNotFoundError
 
@@ -122,6 +122,16 @@ def test_columns_gather_rows_of_tensors_anywhere(dtype: torch.dtype, width: int)
     expected = torch.stack([parts[shard][place] for shard, place in zip(shards, places, strict=True)])
     assert torch.equal(found, expected)
     assert Column(parts).gather(shards[:0], places[:0]).shape == (0, width)
+
+
+@pytest.mark.parametrize("lengths", [[1], [5, 1, 1, 1, 3], [100_000, 1, 1, 70_000, 2, 40_000], [30_000] * 40])
+def test_numbers_lead_to_their_rows(lengths: list[int]) -> None:
+    numbers = np.random.default_rng(0).permutation(sum(lengths))
+    tensors, rows = Places(lengths)(numbers)
+    starts = np.cumsum([0, *lengths])
+    assert np.array_equal(starts[tensors] + rows, numbers)
+    assert (rows >= 0).all()
+    assert (rows < np.array(lengths)[tensors]).all()
 
 
 def test_memory_is_used_again_when_nobody_holds_it() -> None:
@@ -349,7 +359,9 @@ def test_reading_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         sys.modules.pop("timing", None)
     assert [row["dtype"] for row in found] == ["float32", "bf16", "int8"]
     for row in found:
-        assert row["ratio"] == pytest.approx(row["read"] / row["plain"])
+        assert row["ratio"] == pytest.approx(row["given"] / row["plain"])
+        expected = 32 * 4 / 36 if row["dtype"] == "int8" else 1  # 32 numbers and a scale become 32 of four bytes
+        assert row["given"] / row["read"] == pytest.approx(expected)
         assert min(row["read"], row["plain"], row["batches"]) > 0
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 3

@@ -15,6 +15,9 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
+TABLE_BITS = 14
+"""the table of `Places` stays in the first cache of a processor, nearly"""
+
 
 def tensor_at(address: int, size: int, dtype: torch.dtype, owner: object) -> Shaped[Tensor, " numbers"]:
     """`size` bytes at an address, for reading; `owner` lives as long as the tensor."""
@@ -48,6 +51,26 @@ class Column:
     @property
     def dtype(self) -> torch.dtype:
         return self._all.dtype
+
+
+class Places:
+    """Numbers of rows, counted over tensors of these lengths -> which tensor, and which of its rows.
+
+    Numbers in random order are what binary search is worst at: it takes as long as to read the rows. A table of the
+    tensor in which each run of `2 ** shift` numbers begins is right at once for nearly all.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self._starts = np.cumsum([0, *lengths])
+        self._shift = max(0, int(self._starts[-1]).bit_length() - TABLE_BITS)
+        runs = np.arange((int(self._starts[-1]) >> self._shift) + 1) << self._shift
+        self._table = np.searchsorted(self._starts[1:], runs, side="right")
+
+    def __call__(self, numbers: Int[np.ndarray, " rows"]) -> tuple[Int[np.ndarray, " rows"], Int[np.ndarray, " rows"]]:
+        found = self._table[numbers >> self._shift]
+        while (later := numbers >= self._starts[found + 1]).any():
+            found += later
+        return found, numbers - self._starts[found]
 
 
 class Recycled:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sae_kit.data.batch import State
 from sae_kit.data.cache.files import AGAIN, damage, open_shard, read_manifest
-from sae_kit.data.cache.memory import Column, Recycled
+from sae_kit.data.cache.memory import Column, Places, Recycled
 from sae_kit.data.cache.opened import Cache
 from sae_kit.data.cache.ordering import NONE, Blocks, Order, Shuffled
 from sae_kit.data.cache.quantize import DTYPES, decode
@@ -119,7 +119,7 @@ class CacheReader(Iterator[dict[str, Tensor]]):
         self._rows = sum(sizes)
         self._order: Order = Shuffled(self._rows, seed) if order == "global" else Blocks(sizes, open_shards, seed)
         self._total = self._limit(tokens, epochs)
-        self._starts = np.cumsum([0, *(shard.rows for shard in self.cache.shards)])
+        self._places = Places([shard.rows for shard in self.cache.shards])
         self._columns = {
             site: _Site(self.cache, site, dtype or self.cache.dtypes[site], batch_tokens) for site in self.sites
         }
@@ -238,8 +238,7 @@ class CacheReader(Iterator[dict[str, Tensor]]):
         return numbers if self._kept is None else self._kept[numbers]
 
     def _gather(self, numbers: Int[np.ndarray, " rows"]) -> dict[str, Float[Tensor, "rows _"]]:
-        shards = np.searchsorted(self._starts[1:], numbers, side="right")
-        places = numbers - self._starts[shards]
+        shards, places = self._places(numbers)
         return {site: rows.read(shards, places) for site, rows in self._columns.items()}
 
 
