@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import D_IN, D_SAE, make_sae
-from hosts import BLOCKS, Toy, bridge, differ, fail, identity_sae, ids, plain, sae_at
+from hosts import BLOCKS, HEADS, Toy, bridge, differ, fail, identity_sae, ids, plain, sae_at
 from torch import Tensor, nn
 
 from sae_kit import HookedSAETransformer, SAEMetadata, attached
+from sae_kit.data.capture import capture
 from sae_kit.splicing import INTERNALS
 
 SITE, EARLIER, LATER = "blocks.1.hook_resid_post", "blocks.0.hook_mlp_out", "blocks.2.attn.hook_z"
@@ -404,6 +405,25 @@ def test_an_input_can_be_spliced_and_a_pair_names_it() -> None:
     with attached(host, {"model.layers.1": sae}) as spliced:
         torch.testing.assert_close(host(ids()).logits, found)
         assert spliced.is_attached
+
+
+@pytest.mark.parametrize("make", [plain, bridge])
+@families
+def test_heads_of_one_place_have_saes_of_their_own(make: Any, family: str) -> None:
+    host, names = make(family), [f"{LATER}[{head}]" for head in (0, 2)]
+    saes = {name: sae_at(name, d_in=D_IN // HEADS, seed=i) for i, name in enumerate(names)}
+    before = capture(host, [LATER], ids())[LATER].unflatten(-1, (HEADS, -1))
+    with attached(host, saes) as spliced:
+        assert spliced.sites == tuple(names)
+        after = capture(host, [LATER], ids())[LATER].unflatten(-1, (HEADS, -1))
+        with attached(host, {names[0]: sae_at(names[0], d_in=D_IN // HEADS, seed=5)}):
+            inner = capture(host, [LATER], ids())[LATER].unflatten(-1, (HEADS, -1))
+    for head, sae in zip((0, 2), saes.values(), strict=True):
+        torch.testing.assert_close(after[..., head, :], sae(before[..., head, :]), rtol=1e-4, atol=1e-5)
+    assert after[..., [1, 3], :].equal(before[..., [1, 3], :])
+    assert not inner[..., 0, :].equal(after[..., 0, :])
+    assert inner[..., 1:, :].equal(after[..., 1:, :])
+    assert capture(host, [LATER], ids())[LATER].unflatten(-1, (HEADS, -1)).equal(before)
 
 
 def test_the_recorded_module_path_is_used_where_names_are_unknown() -> None:

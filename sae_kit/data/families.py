@@ -221,7 +221,7 @@ def layout_of(model: nn.Module) -> Layout | None:
     config = getattr(model, "config", None)
     config = getattr(config, "text_config", None) or config
     model_type, n_blocks = getattr(config, "model_type", None), getattr(config, "num_hidden_layers", None)
-    if not isinstance(model_type, str) or not isinstance(n_blocks, int):
+    if not isinstance(model_type, str) or not isinstance(n_blocks, int) or n_blocks < 1:
         return None
     family = FAMILIES.get(model_type, ANY_KIND)
     lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_blocks]
@@ -231,13 +231,13 @@ def layout_of(model: nn.Module) -> Layout | None:
 
 
 def layouts_of_architecture(architecture: str | None) -> list[Layout]:
-    """How models of a class, such as "LlamaForCausalLM", are laid out; all that are known if the class is not."""
+    """How models of a class, such as "LlamaForCausalLM", are laid out; of an unknown one (None) all that could be."""
     found = {kind: Layout(kind, family, (f"{family.trunk}.{family.blocks}",), 0) for kind, family in FAMILIES.items()}
     for kind, layout in found.items():
         compact = kind.removesuffix("_text").replace("_", "")
         if re.match(rf"{compact}(for|lmhead)", (architecture or "").lower()):
             return [layout]
-    return list(found.values())
+    return [] if architecture else list(found.values())
 
 
 def _fits(family: Family, path: str, block: nn.Module) -> bool:

@@ -110,6 +110,7 @@ def test_a_place_knows_all_its_names(family: str) -> None:
 
 def test_a_class_of_models_says_its_kind() -> None:
     assert len(families.layouts_of_architecture(None)) == len(FAMILIES)
+    assert families.layouts_of_architecture("Qwen2MoeForCausalLM") == []
     for architecture in ("Gemma3ForCausalLM", "GPTNeoXForCausalLM", "GPT2LMHeadModel", "Qwen2ForCausalLM"):
         (layout,) = families.layouts_of_architecture(architecture)
         assert layout.model_type.replace("_", "").removesuffix("text") == architecture.lower().partition("for")[
