@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from sae_kit import config as trees
 from sae_kit._version import __version__
-from sae_kit.arguments import ShortFlags, TreeCommand, add_fields, add_sections, set_text
+from sae_kit.arguments import TreeCommand, add_fields, add_sections, set_text
 from sae_kit.errors import SAEKitError
 
 MODEL = "language model: hub id, folder, or demo"
@@ -66,35 +66,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(arguments: Sequence[str]) -> None:
     from sae_kit.training.run import run
 
-    tree = parse_train(arguments)
-    from sae_kit.training.config import RunConfig
-
-    result = run(RunConfig.from_dict(tree))
+    result = run(configured("train", arguments))
     for name in result.saes:
         print(result.folder / "saes" / name)  # noqa: T201
 
 
 def _cache(arguments: Sequence[str]) -> None:
-    tree = CacheCommand().parse(arguments)
-    from sae_kit.training.config import RunConfig
     from sae_kit.training.run import cache_activations
 
-    print(cache_activations(RunConfig.from_dict(tree)))  # noqa: T201
+    print(cache_activations(configured("cache", arguments)))  # noqa: T201
 
 
 def _pretokenize(arguments: Sequence[str]) -> None:
-    from sae_kit.config import structure
-    from sae_kit.data.pretokenize import PretokenizeConfig, pretokenize
+    from sae_kit.data.pretokenize import pretokenize
 
-    command = TreeCommand("pretokenize", "Write the token rows of a text to disk.", PretokenizeConfig, PRETOKENIZE)
-    print(pretokenize(structure(PretokenizeConfig, command.parse(arguments))))  # noqa: T201
+    print(pretokenize(configured("pretokenize", arguments)))  # noqa: T201
 
 
-PRETOKENIZE: ShortFlags = {
-    "dataset": (("data", "sources"), DATASET),
-    "context_size": (("data", "context_size"), "ids per row"),
-}
-"""Short flags of `sae-kit pretokenize`."""
+def configured(command: str, arguments: Sequence[str]) -> Any:
+    """The config that the arguments of `train`, `cache` or `pretokenize` stand for: a `RunConfig`, or what writes rows.
+
+    Raises:
+        ConfigError: arguments that make no config. SystemExit: `--help`.
+    """
+    if command == "pretokenize":
+        from sae_kit.data.pretokenize import PretokenizeConfig
+
+        short = {
+            "dataset": (("data", "sources"), DATASET),
+            "context_size": (("data", "context_size"), "ids per row"),
+        }
+        reader = TreeCommand(command, "Write the token rows of a text to disk.", PretokenizeConfig, short)
+        return trees.structure(PretokenizeConfig, reader.parse(arguments))
+    from sae_kit.training.config import RunConfig
+
+    return RunConfig.from_dict(CacheCommand().parse(arguments) if command == "cache" else parse_train(arguments))
 
 
 def parse_train(arguments: Sequence[str]) -> dict[str, Any]:

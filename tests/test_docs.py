@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sae_kit import registry
-from sae_kit.cli import parse_train
+from sae_kit.cli import configured
 from sae_kit.config import load_tree
 from sae_kit.training.config import RunConfig, expand_short_names
 
@@ -59,19 +59,21 @@ def test_yaml_blocks_are_runs(place: str, tmp_path: Path) -> None:
     assert RunConfig.from_dict(tree).saes
 
 
-def commands(page: str) -> list[list[str]]:
-    """The `sae-kit train` lines of a page, as arguments."""
-    lines = [line.strip().split("#")[0].split() for line in (ROOT / page).read_text(encoding="utf-8").splitlines()]
-    return [words[2:] for words in lines if words[:2] == ["sae-kit", "train"]]
+def commands(page: str, *names: str) -> list[list[str]]:
+    """The `sae-kit` lines of a page, as arguments from the command on; those whose command is named."""
+    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line.strip().split("#")[0].split() for line in text.splitlines()]
+    return [words[1:] for words in lines if words[:1] == ["sae-kit"] and words[1:2] and words[1] in names]
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_are_understood(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that import a file run in test_extending.py."""
     monkeypatch.chdir(ROOT)
-    for words in commands(page):
+    for name, *words in commands(page, "train", "cache", "pretokenize"):
         if "--help" not in words and "--import" not in words:
-            assert RunConfig.from_dict(parse_train(words)).saes
+            cfg = configured(name, words)
+            assert name == "pretokenize" or (cfg.saes if name == "train" else cfg.cached_sites)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -7,8 +7,7 @@ import pytest
 from helpers import DemoRun
 from test_docs import ROOT, commands, python_blocks
 
-from sae_kit.cli import parse_train
-from sae_kit.training.config import RunConfig
+from sae_kit.cli import configured
 
 README = ROOT / "README.md"
 
@@ -34,8 +33,8 @@ def test_python_blocks_run(demo_run: DemoRun, monkeypatch: pytest.MonkeyPatch) -
 
 def test_commands_say_what_they_seem_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    runs = [RunConfig.from_dict(parse_train(words)) for words in commands("README.md") if "--help" not in words]
-    sae, transcoder, file = runs
+    runs = [configured(name, words) for name, *words in commands("README.md", "train") if "--help" not in words]
+    sae, transcoder, file, *_ = runs
     assert sae.train.tokens == 100_000_000
     assert transcoder.saes["sae"].hook_out == "blocks.8.hook_mlp_out"
     assert transcoder.saes["sae"].sae.skip
