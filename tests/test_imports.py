@@ -85,7 +85,7 @@ def test_an_unknown_public_name_is_an_attribute_error() -> None:
 
 # ---- directions ------------------------------------------------------------------------------------------------------
 
-ANYWHERE = {"_version", "config", "devices", "errors", "seeding"}
+ANYWHERE = {"_version", "arguments", "config", "devices", "errors", "seeding"}
 """leaves that every room may use"""
 ARROWS: dict[str, set[str]] = {
     "hooks": set(),
@@ -126,10 +126,10 @@ SIDE_DOORS = {
 
 HOMES = {
     "transformer_lens": ("data/models.py", "hooked.py", "demo/"),
-    "transformers": ("data/models.py", "data/tokens.py", "hooked.py", "demo/"),
-    "datasets": ("data/sources.py",),
+    "transformers": ("data/models.py", "data/provenance.py", "data/pretokenize.py", "hooked.py", "demo/"),
+    "datasets": ("data/sources.py", "data/pretokenize.py", "data/cache/saelens.py"),
     "wandb": ("training/callbacks",),
-    "huggingface_hub": ("hub.py", "pretrained/"),
+    "huggingface_hub": ("data/sources.py", "data/pretokenize.py", "data/cache/sharing.py", "hub.py", "pretrained/"),
     "rich": ("demo/", "cli"),
     "yaml": ("config.py",),
     "pandas": (),
