@@ -4,14 +4,14 @@
 
 *Throughput*: tokens per second of `ActivationsStore`, everything included (documents, tokenizer, packing, filters,
 mixing, batches), as a share of the bare model on as many rows: one hook in the middle, stopped there, nothing
-kept. Both take turns in one process. With prefetching the store works ahead in a thread, which changes nothing where
-nobody trains meanwhile; it is measured so that what the thread itself costs is seen. 6x384 is a random Llama that reads
-the demo's text with the demo's tokenizer.
+kept. Both take turns in one process. With prefetching the store works ahead in a thread; as nobody trains meanwhile,
+that shows what the thread itself costs. 6x384 is a random Llama that reads the demo's text with the demo's tokenizer.
 
 *Buffer*: putting rows in and taking batches out, as a share of the speed of `copy_` of the same bytes (each row is
 copied twice, so one half is the most there can be); and what the process holds for a buffer, in units of its rows.
 """
 
+import itertools
 import json
 import multiprocessing
 from collections.abc import Callable, Sequence
@@ -92,6 +92,7 @@ def _until_forwards(store: ActivationsStore, forwards: int, device: torch.device
         end = _fed(store) + forwards * TOKENS_PER_FORWARD
         while _fed(store) < end:
             next(store)
+        store.state_dict()  # halts a thread that works ahead, which would go on in the turns of others
 
     return clock(turn, device)
 
@@ -126,13 +127,20 @@ def _buffer(size: str, args: Any, device: torch.device) -> dict[str, Any]:
     rows = torch.randn(batch, width, device=device)
     while buffer.free:
         buffer.put({"site": rows})
-    target = torch.empty_like(rows)
+    source = torch.randn(capacity // batch, batch, width, device=device)
+    target = torch.ones_like(source)  # its pages are there before they are timed
+    turns = itertools.cycle(zip(source, target, strict=True))
+
+    def copy() -> None:
+        """Of rows that no cache holds, as the buffer's are."""
+        found, place = next(turns)
+        place.copy_(found)
 
     def through() -> None:
         buffer.take(batch)
         buffer.put({"site": rows})
 
-    clocks = {"copy": clock(lambda: target.copy_(rows), device), "through": clock(through, device)}
+    clocks = {"copy": clock(copy, device), "through": clock(through, device)}
     seconds = medians(clocks, 5 * args.repeats)
     return {
         "rows x width": size,

@@ -127,7 +127,7 @@ SIDE_DOORS = {
 HOMES = {
     "transformer_lens": ("data/models.py", "hooked.py", "demo/"),
     "transformers": ("data/models.py", "data/provenance.py", "data/pretokenize.py", "hooked.py", "demo/"),
-    "datasets": ("data/sources.py", "data/pretokenize.py", "data/cache/saelens.py"),
+    "datasets": ("data/sources.py", "data/pretokenize.py"),
     "wandb": ("training/callbacks",),
     "huggingface_hub": ("data/sources.py", "data/pretokenize.py", "data/cache/sharing.py", "hub.py", "pretrained/"),
     "rich": ("demo/", "cli"),
