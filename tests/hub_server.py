@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 DATE = "2026-01-01T00:00:00.000Z"
 
@@ -95,7 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing on the terminal."""
 
     def _serve(self) -> None:
-        path = unquote(urlsplit(self.path).path)
+        address = urlsplit(self.path)
+        path, self.query = unquote(address.path), parse_qs(address.query)
         self.hub.requests.append((self.command, path))
         body = self._body()
         try:
@@ -199,11 +200,17 @@ class _Handler(BaseHTTPRequestHandler):
         inside = [path for path in files if not folder or path.startswith(folder + "/")]
         if folder and not inside:
             raise _Refused(404, "EntryNotFound", f"{folder} does not exist")
-        return 200, [_entry(path, files[path]) for path in inside]
+        if self.query.get("recursive", ["false"])[0].lower() != "true":
+            start = len(folder) + 1 if folder else 0
+            inside = sorted({"/".join(path[start:].split("/")[:1]) for path in inside})
+            inside = [f"{folder}/{name}" if folder else name for name in inside]
+        return 200, [_entry(path, files.get(path)) for path in _with_folders(inside)]
 
     def paths_info(self, body: bytes, kind: str, name: str, rev: str) -> tuple[int, Any]:
         _, _, files = self._at(kind, name, rev)
-        return 200, [_entry(path, files[path]) for path in json.loads(body)["paths"] if path in files]
+        there = {*_with_folders(list(files))}
+        asked = json.loads(body) if body.startswith(b"{") else {"paths": parse_qs(body.decode())["paths"]}
+        return 200, [_entry(path, files.get(path)) for path in asked["paths"] if path in there]
 
     def preupload(self, body: bytes, kind: str, name: str, rev: str) -> tuple[int, Any]:
         _, _, files = self._at(kind, name, rev)
@@ -274,8 +281,16 @@ def _blob(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def _entry(path: str, data: bytes) -> dict[str, Any]:
+def _entry(path: str, data: bytes | None) -> dict[str, Any]:
+    if data is None:
+        return {"type": "directory", "oid": _blob(path.encode()), "size": 0, "path": path}
     return {"type": "file", "oid": _blob(data), "size": len(data), "path": path}
+
+
+def _with_folders(paths: list[str]) -> list[str]:
+    """Paths of files, each after the folders that it is in."""
+    parts = [path.split("/") for path in paths]
+    return list(dict.fromkeys("/".join(part[:depth]) for part in parts for depth in range(1, len(part) + 1)))
 
 
 API = r"/api/(?P<kind>models|datasets)/(?P<name>[^/]+/[^/]+)"
