@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _print_environment()
         else:
             {"train": _train, "cache": _cache, "pretokenize": _pretokenize}[given.command](rest)
-    except (SAEKitError, FileNotFoundError) as error:
+    except (SAEKitError, OSError) as error:  # such as a file that is not there, or a full disk
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
     except KeyboardInterrupt:

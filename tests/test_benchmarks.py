@@ -3,6 +3,7 @@
 import importlib
 import json
 import runpy
+import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
@@ -157,3 +158,32 @@ def test_sparse_and_dense_training_follow_the_same_curve(rows: Callable[..., lis
             assert row["losses"][path] != row["losses"]["dense"], (row["architecture"], path)  # two paths: bits differ
             assert row[path]["first"] < 1e-10, (row["architecture"], path)
             assert row[path]["then"] < 1e-10 < row["seeds"], (row["architecture"], path)
+
+
+def test_the_stream_is_compared_with_the_bare_model() -> None:
+    """As a script: it measures memory in a process of its own, which has to find it."""
+    small = ["--models", "2x48", "--forwards", "1", "--buffers", "4096x64", "--batch", "1024", *SMALL, "--json"]
+    child = subprocess.run(
+        [sys.executable, str(FOLDER / "stream.py"), *small], capture_output=True, text=True, timeout=250, check=False
+    )
+    assert child.returncode == 0, child.stderr
+    throughput, buffer = (json.loads(line) for line in child.stdout.splitlines())
+    assert throughput["bare, tokens/s"] > 0
+    assert 0 < throughput["prefetch 0"] < 3
+    assert 0 < throughput["prefetch 2"] < 6
+    assert 0 < buffer["put + take, of copy_"] < 2
+    assert 0 < buffer["memory, of its rows"] < 4  # of so few rows, the rest is no small share
+
+
+def test_reading_caches_is_compared_with_plain_reading(rows: Callable[..., list[dict[str, Any]]]) -> None:
+    found = rows("cache_reading.py", "--widths", "128", "--megabytes", "2", "--batch", "256")
+    assert [row["dtype"] for row in found] == ["float32", "bf16", "int8"]
+    assert all(row["ratio"] > 0 for row in found)
+
+
+def test_the_price_of_stored_bits_is_the_same_run_again(rows: Callable[..., list[dict[str, Any]]]) -> None:
+    whole, eighth = rows("cache_dtypes.py", "--tokens", "8192", "--seeds", "0", "--dtypes", "float32", "int8")
+    assert whole["less"] == 0
+    assert eighth["bytes"] < whole["bytes"] / 3
+    assert abs(eighth["less"]) < 0.05
+    assert eighth["explained"] != whole["explained"]

@@ -1,6 +1,7 @@
 """The command line, in processes of its own where exit codes and streams matter."""
 
 import dataclasses
+import errno
 import json
 import re
 import subprocess
@@ -31,6 +32,15 @@ def sae_kit(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
 
 def parse(*arguments: str) -> RunConfig:
     return RunConfig.from_dict(parse_train(arguments))
+
+
+def test_a_full_disk_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/demo")
+
+    monkeypatch.setattr("sae_kit.demo.run.demo", full)
+    assert main(["demo"]) == 2
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'runs/demo'\n"
 
 
 def test_version_and_environment() -> None:

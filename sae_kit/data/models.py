@@ -114,7 +114,7 @@ def model_facts(model: nn.Module, cfg: ModelConfig | None = None) -> dict[str, A
         "revision": cfg.revision,
         "dtype": None if parameter is None else str(parameter.dtype).removeprefix("torch."),
         "autocast": cfg.autocast,
-        "compat": compat if any(compat.values()) else None,
+        "compat": compat,
         "forward_kwargs": dict(cfg.forward_kwargs),
     }
 

@@ -52,7 +52,7 @@ def demo(out: Path, *, seed: int = 0, console: Console | None = None) -> RunResu
     make_room(out)
     tree = {**CONFIG, "out": str(out.parent), "name": out.name, "seed": seed}
     cfg = RunConfig.from_dict(tree)
-    model, tokenizer = load_model(cfg.model)
+    model, tokenizer = load_model(cfg.model, cfg.sites)
     result = run(cfg, model=model, tokenizer=tokenizer)
     metrics = headline(result)
     write_json(out / METRICS, metrics)

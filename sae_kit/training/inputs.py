@@ -1,5 +1,6 @@
 """What a run reads: a model and its text, or activations on disk."""
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from sae_kit.data.cache import Cache, open_cache
 from sae_kit.data.capture import site_width
 from sae_kit.data.harvest import Harvest
-from sae_kit.data.models import load_model, model_facts
+from sae_kit.data.models import Compatibility, load_model, model_facts
+from sae_kit.data.sites import resolve
 from sae_kit.data.store import ActivationsStore, default_context, harvest, token_stream
 from sae_kit.data.tokens import excluded_ids, held_out_rows, special_id
 from sae_kit.errors import ConfigError, HookNotFoundError, did_you_mean
@@ -44,7 +46,11 @@ class LiveInputs:
 
     def widths(self, sites: Iterable[str]) -> dict[str, int]:
         """Site -> width of its activations; HookNotFoundError if it is not there."""
-        return {site: site_width(self.model, site) for site in sites}
+        return {site: site_width(self.reader, site) for site in sites}
+
+    def module_path(self, site: str) -> str | None:
+        """Where a site is in the plain Hugging Face model, if that is known."""
+        return resolve(self.model, site).hf_name
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -55,7 +61,9 @@ class LiveInputs:
             "model_name": self._cfg.model.name,
             "model_class_name": type(self.model).__name__,
             "prepend_bos": has_bos,
+            "model_from_pretrained_kwargs": dataclasses.asdict(self._cfg.model.compat or Compatibility()),
             "exclude_special_tokens": list(excluded_ids(data.exclude, self.tokenizer)),
+            "seqpos_slice": data.seq_slice,
             "context_size": self._context,
             "dataset_path": ", ".join(source.path for source in data.sources) or None,
         }
@@ -153,14 +161,21 @@ class CachedInputs:
                 )
         return {site: there[site] for site in sites}
 
+    def module_path(self, site: str) -> str | None:
+        """As of the model that the run names, if it names one."""
+        return None if self._live is None else self._live.module_path(site)
+
     @property
     def metadata(self) -> dict[str, Any]:
         found = self._cache.provenance
         tokens = found.get("tokens", {})
         sources = [source["path"] for source in tokens.get("sources", ())]
+        model, filters = found.get("model", {}), found.get("filters", {})
         known = {
-            "model_name": found.get("model", {}).get("name"),
-            "exclude_special_tokens": found.get("filters", {}).get("excluded_ids"),
+            "model_name": model.get("name"),
+            "model_from_pretrained_kwargs": model.get("compat"),
+            "exclude_special_tokens": filters.get("excluded_ids"),
+            "seqpos_slice": None if filters.get("seq_slice") is None else tuple(filters["seq_slice"]),
             "context_size": self._cache.context_size,
             "dataset_path": ", ".join(sources) or None,
         }

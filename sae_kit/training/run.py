@@ -204,6 +204,8 @@ def _complete(entry: SAEEntry, inputs: Inputs, known: Mapping[str, Any]) -> SAEC
         "hook_name": None if several else entry.hook,
         "hook_name_out": entry.hook_out if isinstance(entry.hook_out, str) else None,
     }
+    for name in ("hook_name", "hook_name_out"):
+        facts[f"hf_{name}"] = None if facts[name] is None else inputs.module_path(facts[name])
     metadata = dataclasses.replace(entry.sae.metadata, **{k: v for k, v in facts.items() if v is not None})
     metadata.extra = copy.deepcopy(metadata.extra)
     if several:

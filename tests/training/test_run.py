@@ -78,6 +78,9 @@ def test_the_saved_sae_is_the_trained_one(result: RunResult) -> None:
     assert metadata.context_size == 64
     assert metadata.exclude_special_tokens == [0]
     assert metadata.dataset_path == "demo"
+    assert (metadata.hf_hook_name, metadata.hf_hook_name_out) == ("model.layers.2:in", None)
+    flags = metadata.model_from_pretrained_kwargs
+    assert flags == dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), False)
     ours = metadata.extra["sae_kit"]
     assert [source["holdout"] for source in ours["provenance"]["tokens"]["sources"]] == [0.05]
     assert ours["provenance"]["model"]["name"] == "demo"
@@ -128,6 +131,20 @@ def test_the_run_says_where_an_sae_reads(result: RunResult, tmp_path: Path) -> N
     found = tiny(tmp_path, hook="blocks.3.hook_resid_pre", sae=sae, eval={"at_end": False}).saes["sae"].cfg.metadata
     assert found.hook_name == "blocks.3.hook_resid_pre"
     assert (found.neuronpedia_id, found.hook_head_index) == ("x", 0)
+
+
+def test_a_single_head_and_a_slice_of_positions(tmp_path: Path) -> None:
+    data = {**SMALL["data"], "seq_slice": [4, 60, 2]}
+    found = tiny(tmp_path, hook="blocks.2.attn.hook_z[1]", data=data)
+    sae = found.saes["sae"]
+    assert sae.cfg.d_in == 32
+    assert sae.cfg.metadata.hook_name == "blocks.2.attn.hook_z[1]"
+    assert sae.cfg.metadata.hf_hook_name == "model.layers.2.self_attn.o_proj:in[1]"
+    assert sae.cfg.metadata.seqpos_slice == (4, 60, 2)
+    row = found.training.metrics
+    assert row["data/dropped_slice"] > row["data/dropped_special"] > 0
+    assert row["data/lm_tokens"] > 2 * 12_288
+    assert 0 < (found.evals["sae"]["reconstruction_quality"]["explained_variance"] or 0) < 1
 
 
 @pytest.mark.parametrize("change", [{"fidelity_tokens": 2048}, {"ablation": "mean"}])
