@@ -1,14 +1,14 @@
-"""How well the whole stream mixes a corpus in which every token says which document it is from."""
+"""How well the whole stream mixes a corpus in which every token says where it is from."""
 
 import json
+import runpy
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from test_docs import ROOT
 
 from sae_kit.data.buffer import BufferConfig
 from sae_kit.data.sources import Source
@@ -18,89 +18,40 @@ from sae_kit.data.tokens import DataConfig
 CONTEXT = 128
 
 
-class Labels(nn.Module):
-    """A model whose activations are the ids, exactly."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Identity()
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.embed(ids[..., None].float())
-
-
-def labelled(tokens: int) -> list[list[int]]:
-    """Documents of 20 to 900 tokens whose ids are the numbers of the tokens in the corpus."""
-    lengths = np.random.default_rng(0).integers(20, 900, tokens // 20)
-    ends = np.cumsum(lengths)
-    ends = ends[ends <= tokens]
-    return [list(range(end - length, end)) for end, length in zip(ends.tolist(), lengths.tolist(), strict=False)]
-
-
-def batches(tokenizer: Any, documents: Any, capacity: int, batch: int, **options: Any) -> ActivationsStore:
-    marks: dict[str, Any] = dict.fromkeys(("row_start", "separator", "doc_start"))
-    buffer = options.pop("buffer", {})
-    data = DataConfig(**{"context_size": CONTEXT, "holdout": 0.0, "exclude": "none", **marks, **options})
-    return ActivationsStore.from_config(
-        Labels(),
-        data,
-        BufferConfig(tokens=capacity, norm_filter=None, drop_last=False, **buffer),
-        sites=["embed"],
-        tokenizer=tokenizer,
-        documents=documents,
-        train_tokens=None,
-        batch_tokens=batch,
-    )
+@pytest.fixture(scope="module")
+def script() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        return runpy.run_path(str(ROOT / "benchmarks" / "shuffle.py"))
 
 
 @pytest.mark.parametrize(("capacity", "batch"), [(8_192, 1_024), (8_192, 256), (131_072, 8_192)])
-def test_window_order_and_clumping(tokenizer: Any, capacity: int, batch: int) -> None:
-    tokens = 10 * capacity
-    store = batches(tokenizer, iter(labelled(tokens)), capacity, batch)
-    clumping: list[float] = []
-    correlations: list[float] = []
-    batch_of = np.full(tokens, -1)
-    number = 0
-    for number, found in enumerate(store):
-        ids = found["embed"][:, 0].long().numpy()
-        assert (batch_of[ids] == -1).all(), "no token twice"
-        batch_of[ids] = number
-        if len(ids) == batch:
-            correlations.append(float(np.corrcoef(np.arange(batch), ids)[0, 1]))
-        if number * batch == 8 * capacity:  # before the buffer drains
-            clumping.append(float(store.counters["clumping"]))
-        if number * batch >= 9 * capacity:
-            break
-    store.close()
-    assert number > 0
-    steady = batch_of[capacity : 7 * capacity].reshape(-1, CONTEXT)
-    assert (steady >= 0).mean() > 0.99
-    same = sum(count * (count - 1) for row in steady for count in Counter(row.tolist()).values())
-    p = same / (len(steady) * CONTEXT * (CONTEXT - 1))
-    window = 2 * capacity - batch
-    assert 0.9 * window <= batch / p <= 1.1 * window
-    assert abs(np.mean(correlations)) <= 3 / tokens**0.5
-    assert clumping[0] == pytest.approx(1 + (CONTEXT - 1) * p, rel=0.1)
+def test_window_order_and_clumping(script: Any, capacity: int, batch: int) -> None:
+    found = script["measure"](capacity, batch)
+    assert 0.9 <= found["window"] <= 1.1
+    assert found["order"] <= 3
+    assert found["clumping"] == pytest.approx(found["of p"], rel=0.1)
+    assert found["once"]
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_every_row_once_an_epoch_and_every_other_one_counted(
-    tokenizer: Any, tmp_path: Path, shuffle: bool, prefetch: int
+    script: Any, tokenizer: Any, tmp_path: Path, shuffle: bool, prefetch: int
 ) -> None:
-    documents, epochs = labelled(20_000), 3
+    documents, epochs = script["labelled"](20_000), 3
     for name, part in (("a", documents[:15]), ("b", documents[15:])):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"tokens": ids}) for ids in part))
-    store = batches(
-        tokenizer,
-        None,
-        2_000,
-        128,
-        sources=(Source(path=str(tmp_path), epochs=epochs),),
-        shuffle=shuffle,
-        exclude=tuple(range(500, 900)),
-        seq_slice=(3, None, None),
-        buffer={"prefetch": prefetch},
+    source = Source(path=str(tmp_path), epochs=epochs)
+    settings = {**script["NO_MARKS"], "exclude": tuple(range(500, 900)), "seq_slice": (3, None, None)}
+    store = ActivationsStore.from_config(
+        script["Labels"](),
+        DataConfig(sources=(source,), context_size=CONTEXT, shuffle=shuffle, **settings),
+        BufferConfig(tokens=2_000, norm_filter=None, drop_last=False, prefetch=prefetch),
+        sites=["embed"],
+        tokenizer=tokenizer,
+        train_tokens=None,
+        batch_tokens=128,
     )
     ids = torch.cat([batch["embed"][:, 0].long() for batch in store])
     counters = store.counters
