@@ -114,8 +114,8 @@ def _random_model(shape: str, vocabulary: int, device: torch.device) -> tuple[nn
         num_key_value_heads=6,
         max_position_embeddings=CONTEXT,
     )
-    model = LlamaForCausalLM(config).eval().requires_grad_(False).to(device)
-    return model, f"model.layers.{layers // 2}:in"
+    model: Any = LlamaForCausalLM(config).eval().requires_grad_(False)
+    return model.to(device), f"model.layers.{layers // 2}:in"
 
 
 def _buffer(size: str, args: Any, device: torch.device) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class RowFilter:
             raise ConfigError(f"buffer.norm_filter: expected a multiple above 1, or null for none, found {norm_filter}")
         self.excluded = tuple(sorted(excluded))
         self.seq_slice, self.norm_filter = seq_slice, norm_filter
-        self.dropped = dict.fromkeys(("pad", "special", "slice", "nonfinite", "norm"), 0)
+        self.dropped: dict[str, int] = dict.fromkeys(("pad", "special", "slice", "nonfinite", "norm"), 0)
         self._ids = torch.tensor(self.excluded, dtype=torch.int64)
         self._norms = {site: RunningMedian() for site in sites}
         self.medians: dict[str, float] = {}

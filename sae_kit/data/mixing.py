@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sae_kit.data.batch import Harvested, Resumable, State
 from sae_kit.data.buffer import BufferConfig, MixingBuffer
+from sae_kit.devices import pick_device
 from sae_kit.errors import ConfigError, DataError
 from sae_kit.seeding import generator
 
@@ -216,7 +217,7 @@ class Mixing(Iterator[dict[str, Tensor]]):
 def _where(asked: str, source: torch.device, size: int) -> torch.device:
     """Where a buffer of `size` bytes lies whose rows are made on `source`."""
     if asked != "auto":
-        return torch.device(asked)
+        return pick_device(asked, "buffer.device")
     if source.type == "cuda" and size > DEVICE_SHARE * torch.cuda.get_device_properties(source).total_memory:
         return torch.device("cpu")
     return source

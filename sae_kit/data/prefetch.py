@@ -166,10 +166,11 @@ class _Streams:
         """The other way round."""
         self._own.wait_stream(torch.cuda.current_stream(self._device))
 
-    def record(self) -> torch.cuda.Event:
+    def record(self) -> Any:
+        """An event: all that the producer has begun."""
         return self._own.record_event()
 
-    def hand_over(self, batch: Mapping[str, Tensor], complete: torch.cuda.Event) -> None:
+    def hand_over(self, batch: Mapping[str, Tensor], complete: Any) -> None:
         """Let the consumer's stream wait for `batch`, and keep its memory until that stream is done with it."""
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(complete)

@@ -1,5 +1,6 @@
 """The store gives every activation that it should, once, mixed, and nothing that it should not."""
 
+import copy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from sae_kit.data.buffer import BufferConfig
 from sae_kit.data.capture import capture
+from sae_kit.data.mixing import Mixing
 from sae_kit.data.models import ModelConfig
 from sae_kit.data.store import ActivationsStore
 from sae_kit.data.tokens import DataConfig, TokenStream
@@ -28,6 +30,11 @@ def make(model: nn.Module, tokenizer: Any, documents: Any, data: DataConfig = DA
     defaults = {"sites": SITES, "train_tokens": None, "batch_tokens": BATCH, "buffer": BufferConfig(tokens=256)}
     settings: dict[str, Any] = {**defaults, **options}
     return ActivationsStore.from_config(model, data, tokenizer=tokenizer, documents=documents, **settings)
+
+
+def capacity_of(store: ActivationsStore) -> int:
+    assert isinstance(store.mixed, Mixing)
+    return store.mixed.capacity
 
 
 def reference(model: nn.Module, tokenizer: Any, documents: Any, site: str = SITES[0]) -> Tensor:
@@ -75,7 +82,7 @@ def test_unmixed_batches_are_in_the_order_of_the_text(llama: nn.Module, tokenize
 
 def test_a_budget_harvests_what_it_needs_and_no_more(llama: nn.Module, tokenizer: Any) -> None:
     store = make(llama, tokenizer, texts(60), train_tokens=5 * BATCH + 7, buffer=None)
-    assert store.mixed.capacity == 5 * BATCH
+    assert capacity_of(store) == 5 * BATCH
     assert len(list(store)) == 5
     forward = 4 * CONTEXT
     needed = 5 * BATCH + store.counters["dropped_special"]
@@ -84,7 +91,7 @@ def test_a_budget_harvests_what_it_needs_and_no_more(llama: nn.Module, tokenizer
 
 def test_a_budget_is_exact_where_neither_batch_nor_forward_divides_the_buffer(llama: nn.Module, tokenizer: Any) -> None:
     store = make(llama, tokenizer, iter(texts(50)), train_tokens=160, batch_tokens=16, buffer=BufferConfig(tokens=33))
-    assert store.mixed.capacity == 33
+    assert capacity_of(store) == 33
     batches = [len(batch[SITES[0]]) for batch in store]
     assert batches == [16] * 10
     assert store.counters["dropped_last"] == 0
@@ -133,7 +140,7 @@ def test_exclusion_by_ids_or_not_at_all(llama: nn.Module, tokenizer: Any) -> Non
         store = make(llama, tokenizer, iter(texts(20)), data)
         store.fill()
         stream = TokenStream.from_config(data, tokenizer, documents=texts(20))
-        ids = stream.take(store.counters["lm_tokens"] // CONTEXT).ids
+        ids = stream.take(int(store.counters["lm_tokens"]) // CONTEXT).ids
         expected = int(((ids == 0) | (ids == 5)).sum()) if dropped is None else dropped
         assert store.counters["dropped_special"] == expected
 
@@ -241,3 +248,33 @@ def test_closed_is_the_end(llama: nn.Module, tokenizer: Any) -> None:
     store.close()
     assert list(store) == []
     assert store.peek(4) == {}
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("where", ["auto", "cpu"])
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def test_wherever_model_and_buffer_are(
+    llama: nn.Module, tokenizer: Any, device: str, where: str, prefetch: int
+) -> None:
+    """The same rows in the same order as on the CPU; and a stop on the way changes nothing."""
+    documents, model = texts(60), copy.deepcopy(llama).to(device)
+    expected = list(make(llama, tokenizer, iter(documents)))
+    store = make(model, tokenizer, documents, buffer=BufferConfig(tokens=256, device=where, prefetch=prefetch))
+    batches = [next(store) for _ in range(5)]
+    state = copy.deepcopy(store.state_dict())
+    batches += [next(store) for _ in range(5)]
+    again = make(model, tokenizer, documents, buffer=BufferConfig(tokens=256, device=where, prefetch=prefetch))
+    again.load_state_dict(state)
+    resumed = [next(again) for _ in range(5)]
+    for batch, other in zip(batches, expected, strict=False):
+        assert batch[SITES[0]].device.type == (device if where == "auto" else where)
+        for site in SITES:
+            torch.testing.assert_close(batch[site].cpu(), other[site], atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(a[site], b[site]) for a, b in zip(resumed, batches[5:], strict=True) for site in SITES)
+    store.close()
+    again.close()
+
+
+def test_a_device_that_is_not_there_is_named(llama: nn.Module, tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match=r"buffer\.device: expected auto or one of cpu"):
+        make(llama, tokenizer, texts(60), buffer=BufferConfig(tokens=256, device="tpu")).fill()
