@@ -7,6 +7,7 @@ an AttributeError or TypeError; whatever else a file's metadata holds is kept ve
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,9 +66,27 @@ class SAEMetadata:
     def sites(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Sites that are read, and sites that are written; none where nobody said."""
         ours = self.extra.get("sae_kit", {})
-        read = ours.get("hook_names") or ([self.hook_name] if self.hook_name else [])
-        written = ours.get("hook_names_out") or ([self.hook_name_out] if self.hook_name_out else read)
-        return tuple(read), tuple(written)
+        read, written = (
+            [] if name is None else [with_head(name, head)]
+            for name, head in (
+                (self.hook_name, self.hook_head_index),
+                (self.hook_name_out, self.hook_head_index_out),
+            )
+        )
+        read = ours.get("hook_names") or read
+        return tuple(read), tuple(ours.get("hook_names_out") or written or read)
+
+    @property
+    def module_paths(self) -> dict[str, str]:
+        """Site -> the same in a plain Hugging Face model, of those for which that was recorded."""
+        found: dict[str, str] = {}
+        for name, path, head in (
+            (self.hook_name, self.hf_hook_name, self.hook_head_index),
+            (self.hook_name_out, self.hf_hook_name_out, self.hook_head_index_out),
+        ):
+            if name is not None and path is not None:
+                found[with_head(name, head)] = with_head(path, head)
+        return found
 
     @classmethod
     def from_file(cls, data: object, where: str) -> SAEMetadata:
@@ -86,3 +105,14 @@ class SAEMetadata:
         if isinstance(fields["seqpos_slice"], tuple):
             fields["seqpos_slice"] = list(fields["seqpos_slice"])
         return {**fields, **self.extra}
+
+
+def with_head(site: str, head: int | None) -> str:
+    """The name of one head of a site: `blocks.8.attn.hook_z[3]`."""
+    return site if head is None else f"{site}[{head}]"
+
+
+def split_head(site: str) -> tuple[str, int | None]:
+    """A site's name without its head, and the head."""
+    found = re.fullmatch(r"(.+)\[(\d+)\]", site)
+    return (site, None) if found is None else (found[1], int(found[2]))

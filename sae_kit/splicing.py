@@ -384,13 +384,12 @@ def sites_of(model: nn.Module, sae: SAE) -> tuple[list[BoundSite], list[BoundSit
         raise ConfigError(
             f"this {kind} reads {reads[0]!r}; what it writes is not known (metadata.hook_name_out is None)"
         )
-    modules = {metadata.hook_name: metadata.hf_hook_name, metadata.hook_name_out: metadata.hf_hook_name_out}
 
     def found(name: str) -> BoundSite:
         try:
             return resolve(model, name)
         except HookNotFoundError:
-            path = modules.get(name)
+            path = metadata.module_paths.get(name)
             if path is None or hasattr(model, "hook_dict"):
                 raise
             return resolve(model, path)

@@ -24,6 +24,7 @@ from sae_kit.data.cache import push_cache, write_cache
 from sae_kit.devices import pick_device
 from sae_kit.errors import ConfigError, OutputExistsError, ShapeError
 from sae_kit.evals import Metrics
+from sae_kit.metadata import split_head
 from sae_kit.sae import SAE
 from sae_kit.sae_config import SAEConfig
 from sae_kit.seeding import derive_seed
@@ -199,14 +200,12 @@ def _complete(entry: SAEEntry, inputs: Inputs, known: Mapping[str, Any]) -> SAEC
     for name, shape in shapes.items():
         if name != "d_in" and getattr(entry.sae, name) not in (None, shape):
             raise ShapeError(f"sae.{name} is {getattr(entry.sae, name)}, the sites give {shape}: leave it out")
-    facts: dict[str, Any] = {
-        **known,
-        "hook_name": None if several else entry.hook,
-        "hook_name_out": entry.hook_out if isinstance(entry.hook_out, str) else None,
-    }
-    for name in ("hook_name", "hook_name_out"):
-        facts[f"hf_{name}"] = None if facts[name] is None else inputs.module_path(facts[name])
-    metadata = dataclasses.replace(entry.sae.metadata, **{k: v for k, v in facts.items() if v is not None})
+    facts: dict[str, Any] = {key: value for key, value in known.items() if value is not None}
+    for site, out in ((entry.hook, ""), (entry.hook_out, "_out")):
+        name, head = split_head(site) if isinstance(site, str) else (None, None)
+        path = None if name is None else inputs.module_path(name)
+        facts |= {f"hook_name{out}": name, f"hook_head_index{out}": head, f"hf_hook_name{out}": path}
+    metadata = dataclasses.replace(entry.sae.metadata, **facts)
     metadata.extra = copy.deepcopy(metadata.extra)
     if several:
         ours = metadata.extra.setdefault("sae_kit", {})

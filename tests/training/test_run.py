@@ -130,7 +130,7 @@ def test_the_run_says_where_an_sae_reads(result: RunResult, tmp_path: Path) -> N
     sae = TopKSAEConfig(d_sae=256, k=16, metadata=old)
     found = tiny(tmp_path, hook="blocks.3.hook_resid_pre", sae=sae, eval={"at_end": False}).saes["sae"].cfg.metadata
     assert found.hook_name == "blocks.3.hook_resid_pre"
-    assert (found.neuronpedia_id, found.hook_head_index) == ("x", 0)
+    assert (found.neuronpedia_id, found.hook_head_index) == ("x", None)
 
 
 def test_a_single_head_and_a_slice_of_positions(tmp_path: Path) -> None:
@@ -138,8 +138,11 @@ def test_a_single_head_and_a_slice_of_positions(tmp_path: Path) -> None:
     found = tiny(tmp_path, hook="blocks.2.attn.hook_z[1]", data=data)
     sae = found.saes["sae"]
     assert sae.cfg.d_in == 32
-    assert sae.cfg.metadata.hook_name == "blocks.2.attn.hook_z[1]"
-    assert sae.cfg.metadata.hf_hook_name == "model.layers.2.self_attn.o_proj:in[1]"
+    metadata = sae.cfg.metadata
+    assert (metadata.hook_name, metadata.hook_head_index) == ("blocks.2.attn.hook_z", 1)
+    assert metadata.hf_hook_name == "model.layers.2.self_attn.o_proj:in"
+    assert metadata.sites == (("blocks.2.attn.hook_z[1]",), ("blocks.2.attn.hook_z[1]",))
+    assert metadata.module_paths == {"blocks.2.attn.hook_z[1]": "model.layers.2.self_attn.o_proj:in[1]"}
     assert sae.cfg.metadata.seqpos_slice == (4, 60, 2)
     row = found.training.metrics
     assert row["data/dropped_slice"] > row["data/dropped_special"] > 0
