@@ -32,7 +32,6 @@ class TreeCommand:
             UnknownConfigKeyError, ConfigError: see `sae_kit.config`.
             SystemExit: `--help`, or arguments that are not of this form.
         """
-        arguments = self.prepare(arguments)
         words = _words(arguments)
         files = [word for word in words if "=" not in word]
         if len(files) > 1:
@@ -58,10 +57,6 @@ class TreeCommand:
                 raise ConfigError(f"{spelt[path]} and {name} are the same field: give one of them")
             set_text(tree, path, name, text)
         return tree
-
-    def prepare(self, arguments: Sequence[str]) -> list[str]:
-        """The arguments that say something about the tree."""
-        return list(arguments)
 
     def expand(self, tree: dict[str, Any]) -> dict[str, Any]:
         """The tree of a file, without the short names in it."""

@@ -178,22 +178,11 @@ class TrainCommand(RunCommand):
         super().__init__("train", "Train SAEs. A share of the run is written '5%'.")
 
     def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
-        tree = super().parse(arguments)
+        words = _import_named(arguments)
+        tree = super().parse(words)
         if trees.look_up(tree, ("saes", "sae")) is not None:
-            words = self.prepare(arguments)
             set_text(tree, self.path("arch"), "arch", self._architecture(words, tree))
         return tree
-
-    def prepare(self, arguments: Sequence[str]) -> list[str]:
-        """Import what `--import` names, so that its architectures are known; the other arguments are returned."""
-        from sae_kit.registry import import_architectures
-
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        parser.add_argument("--import", dest="sources", action="append", default=[])
-        given, rest = parser.parse_known_args(arguments)
-        for source in given.sources:
-            import_architectures(source)
-        return rest
 
     def path(self, name: str) -> tuple[str, ...]:
         return super().path("sae.architecture" if name == "arch" else name)
@@ -231,6 +220,18 @@ class TrainCommand(RunCommand):
             if self.path(name) == self.path("arch") and (value or word.startswith("--")):
                 return get_architecture(value or after).name
         return get_architecture(trees.look_up(tree, self.path("arch")) or "topk").name
+
+
+def _import_named(arguments: Sequence[str]) -> list[str]:
+    """Import what `--import` names, so that its architectures are known; the other arguments are returned."""
+    from sae_kit.registry import import_architectures
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--import", dest="sources", action="append", default=[])
+    given, rest = parser.parse_known_args(arguments)
+    for source in given.sources:
+        import_architectures(source)
+    return rest
 
 
 def _print_environment() -> None:
