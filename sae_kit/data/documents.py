@@ -10,6 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -36,8 +37,8 @@ def kind_of(item: Any) -> Kind | None:
         return "text"
     if hasattr(item, "__array__"):
         return "tokens"
-    if isinstance(item, Sequence) and len(item):
-        return "chat" if isinstance(item[0], Mapping) else "tokens" if isinstance(item[0], int) else None
+    if isinstance(item, Sequence) and len(item) and not isinstance(item, bytes):
+        return "chat" if isinstance(item[0], Mapping) else "tokens" if isinstance(item[0], Integral) else None
     return None
 
 
@@ -66,7 +67,7 @@ def normal(item: Any, kind: Kind) -> Any:
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise ValueError(f"expected a row of integers, found {ids.dtype} of shape {list(ids.shape)}")
     if ids.min() < 0 or ids.max() >= 2**31:
-        raise ValueError(f"expected ids of at least 0, found {ids[(ids < 0) | (ids >= 2**31)][0]}")
+        raise ValueError(f"expected ids from 0 to 2**31 - 1, found {ids[(ids < 0) | (ids >= 2**31)][0]}")
     return ids.astype(np.int32, copy=False)
 
 
@@ -119,7 +120,7 @@ class Sharded(ABC):
 class ByPosition(Walk):
     """A walk over a sequence, in the order given."""
 
-    def __init__(self, items: Sequence[Any], order: list[int] | None) -> None:
+    def __init__(self, items: Sequence[Any], order: np.ndarray | None) -> None:
         self._items, self._order, self._position = items, order, 0
         self._fetch = getattr(items, "fetch", None)
         self._fetched: deque[Any] = deque()
@@ -130,7 +131,9 @@ class ByPosition(Walk):
         if not self._fetched:
             count = READ_TOGETHER if self._fetch else 1
             end = min(self._position + count, len(self._items))
-            places = self._order[self._position : end] if self._order else list(range(self._position, end))
+            places = list(range(self._position, end))
+            if self._order is not None:
+                places = self._order[self._position : end].tolist()
             self._fetched.extend(self._fetch(places) if self._fetch else (self._items[places[0]],))
         self._position += 1
         return self._fetched.popleft()
@@ -232,7 +235,7 @@ class DocumentBatch(NamedTuple):
     documents: list[Any]
     kind: Kind | None
     passes: int
-    """passes that are complete after it"""
+    """passes that are complete before it"""
     skipped: int
     """documents so far that were None or empty"""
     news: str | None
@@ -280,7 +283,7 @@ class Documents:
         Raises:
             DataError: something that is not a document, or a pass without a single one.
         """
-        news = None
+        news, passes = None, self._passes
         if self._read == 0 and self._passes and self._passes != self.epochs:
             news = f"{self.name}: pass {self._passes + 1} over its {self._given} documents begins"
             self._given = 0
@@ -309,7 +312,7 @@ class Documents:
         self._given += len(documents)
         if not documents:
             return self.batch(size)
-        return DocumentBatch(documents, self.kind, self._passes, self._skipped, news)
+        return DocumentBatch(documents, self.kind, passes, self._skipped, news)
 
     def state_dict(self) -> State:
         """Where reading stands, before the next batch."""
@@ -338,19 +341,20 @@ class Documents:
 
     def _new_walk(self) -> Walk:
         if isinstance(self._items, Sharded):
-            order = self._order(self._items.shards) or list(range(self._items.shards))
-            return InTurn(self._items, order, 1 if self._seed is None else self._open_shards)
+            order = self._order(self._items.shards)
+            files = list(range(self._items.shards)) if order is None else order.tolist()
+            return InTurn(self._items, files, 1 if order is None else self._open_shards)
         if _has_state(self._items):
             return ByItsState(self._items)
         if isinstance(self._items, Sequence):
             return ByPosition(self._items, self._order(len(self._items)))
         return ByCounting(self._items)
 
-    def _order(self, number: int) -> list[int] | None:
+    def _order(self, number: int) -> np.ndarray | None:
         if self._seed is None:
             return None
         purpose = "eval" if self.held_out else "shards"
-        return torch.randperm(number, generator=generator(self._seed, purpose, self._key, self._passes)).tolist()
+        return torch.randperm(number, generator=generator(self._seed, purpose, self._key, self._passes)).numpy()
 
     def _checked(self, item: Any) -> Any:
         kind = kind_of(item)

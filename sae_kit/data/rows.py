@@ -39,7 +39,7 @@ class SourceRows(Iterator[Ids]):
         self.used = 0
         """documents that they were made of, those of a row begun included"""
         self.passes = 0
-        """passes that the rows handed out are through with"""
+        """passes that were complete before the documents in use"""
         self._skipped = 0
         self._batches = ReadAhead(documents, encoder, tokenize_batch, pool=pool, depth=ahead)
         self._before: State | None = None  # where reading stood before the batch in use
@@ -105,19 +105,18 @@ class SourceRows(Iterator[Ids]):
         self._ended = False
 
     def close(self) -> None:
-        """End here; what threads have read ahead is forgotten."""
+        """Forget what threads have read ahead; the state is still that after the last row."""
         self._batches.stop()
-        self._ready.clear()
-        self._ids, self._used, self._ended = [], 0, True
 
     def _advance(self) -> None:
-        if self.passes and not self.rows and not (self.passes == self.documents.epochs and self.packer.tail == "pad"):
-            raise DataError(self._why_none())
         encoded = self._batches.next()
+        passes = encoded.batch.passes
+        if passes and not self.rows and not (passes == self.documents.epochs and self.packer.tail == "pad"):
+            raise DataError(self._why_none())
         # 0, unless a state was loaded: then the batch in use is read again, perhaps as several smaller ones.
         self._used -= len(self._ids)
         self._before, self._ids, self._kind = encoded.before, encoded.ids, encoded.batch.kind
-        self.passes, self._skipped = encoded.batch.passes, encoded.batch.skipped
+        self.passes, self._skipped = passes, encoded.batch.skipped
         if encoded.batch.news:
             log.info(encoded.batch.news)
         if not encoded.ids:

@@ -1,7 +1,9 @@
 """Where documents come from: files, folders, hub datasets, saved datasets, and objects, as items to be walked over."""
 
+import glob
 import json
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +66,9 @@ class Source:
     """read while training; otherwise download everything first, and shuffle it"""
 
     def __post_init__(self) -> None:
-        if not self.weight > 0:
+        if not self.path:
+            raise ConfigError("path: expected a data set, file or folder, found an empty name")
+        if not 0 < self.weight < math.inf:
             raise ConfigError(f"weight: expected a positive number, found {self.weight}")
         if self.epochs is not None and self.epochs < 1:
             raise ConfigError(f"epochs: expected at least 1, or None for no end, found {self.epochs}")
@@ -104,7 +108,7 @@ def open_source(source: Source) -> Opened:
     if not path.exists():
         if path.is_absolute() or source.path.startswith(".") or path.suffix in (*TEXT_FILES, *TABLES):
             raise DataError(f"{source.path}: there is no such file or folder")
-        return _open_dataset(source, source.path, source.data_files, sidecar=None)
+        return _open_dataset(source, source.path, source.data_files)
     path /= source.data_dir or ""
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _open_saved(source, path)
@@ -270,18 +274,18 @@ def _open_saved(source: Source, path: Path) -> Opened:
         if source.split not in dataset:
             raise DataError(f"{source.path}: expected a split {source.split!r}, found {', '.join(dataset)}; set split")
         dataset = dataset[source.split]
-    return _column(dataset, source, _sidecar_in(path))
+    return _described(_column(dataset, source), path)
 
 
 def _open_tables(source: Source, builder: str, files: Sequence[Path], root: Path) -> Opened:
     sizes = {file: file.stat().st_size for file in files}
-    filled = [str(file) for file, size in sizes.items() if size]
+    filled = [glob.escape(str(file)) for file, size in sizes.items() if size]  # `datasets` takes names for patterns
     if not filled:
         raise DataError(f"{source.path}: expected text, found {len(files)} empty file{'s' if len(files) > 1 else ''}")
     for file in (file for file, size in sizes.items() if not size):
         log.warning("%s is empty: skipped", file)
     folder = root.parent if root.is_file() else root
-    opened = _open_dataset(source, builder, filled, sidecar=_sidecar_in(folder))
+    opened = _described(_open_dataset(source, builder, filled), folder)
     if isinstance(opened.items, _Stream):
         counted = sum(sizes.values()) <= COUNTED_BYTES
         return opened._replace(
@@ -290,9 +294,7 @@ def _open_tables(source: Source, builder: str, files: Sequence[Path], root: Path
     return opened
 
 
-def _open_dataset(
-    source: Source, path: str, files: str | list[str] | None, *, sidecar: Mapping[str, Any] | None
-) -> Opened:
+def _open_dataset(source: Source, path: str, files: str | list[str] | None) -> Opened:
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -307,7 +309,7 @@ def _open_dataset(
             data_dir=None if local else source.data_dir,
             streaming=source.streaming,
         )
-        opened = _column(dataset, source, sidecar)
+        opened = _column(dataset, source)
     except DataError:
         raise
     except (OSError, ValueError, DatasetsError) as error:
@@ -317,7 +319,7 @@ def _open_dataset(
     return opened
 
 
-def _column(dataset: Any, source: Source, sidecar: Mapping[str, Any] | None = None) -> Opened:
+def _column(dataset: Any, source: Source) -> Opened:
     examples = iter(dataset)
     first = next(examples, None)
     if first is None:
@@ -326,12 +328,11 @@ def _column(dataset: Any, source: Source, sidecar: Mapping[str, Any] | None = No
     seen = [first[column]]
     while is_empty(seen[-1]) and len(seen) < LOOKED_AT and (example := next(examples, None)) is not None:
         seen.append(example[column])
-    named = COLUMNS[column] if source.column == "auto" else "text"
-    kind = named if is_empty(seen[-1]) else kind_of(seen[-1])
-    expected = source.kind if source.kind != "auto" else named if source.column == "auto" else kind or "text"
-    if kind != expected:
+    asked = source.kind if source.kind != "auto" else COLUMNS[column] if source.column == "auto" else None
+    kind = asked or "text" if is_empty(seen[-1]) else kind_of(seen[-1])
+    if kind is None or kind != (asked or kind):
         raise DataError(
-            f"{source.path}: expected {MEANING[expected]} in column {column!r}, found {describe(seen[-1])}; "
+            f"{source.path}: expected {MEANING[asked or 'text']} in column {column!r}, found {describe(seen[-1])}; "
             "set column or kind"
         )
     dataset = dataset.select_columns([column])
@@ -339,10 +340,10 @@ def _column(dataset: Any, source: Source, sidecar: Mapping[str, Any] | None = No
         dataset = dataset.with_format("numpy")  # ids without a Python object for each
     if hasattr(dataset, "__len__"):
         table = _Table(dataset, column)
-        return Opened(table, kind, column, len(table), fingerprint(table), sidecar)
+        return Opened(table, kind, column, len(table), fingerprint(table))
     first_said = fingerprint([seen[0]])
     stream = _Stream(dataset, column, source)
-    return Opened(stream, kind, column, None, digest([str(stream.shards), first_said or ""]), sidecar)
+    return Opened(stream, kind, column, None, digest([str(stream.shards), first_said or ""]))
 
 
 def _column_name(columns: list[str], source: Source) -> str:
@@ -357,13 +358,21 @@ def _column_name(columns: list[str], source: Source) -> str:
     return wanted[0]
 
 
+def _described(opened: Opened, folder: Path) -> Opened:
+    """With what lies in `folder` and says how the rows were tokenised, if they are rows."""
+    return opened._replace(sidecar=_sidecar_in(folder)) if opened.kind == "tokens" else opened
+
+
 def _sidecar_in(folder: Path) -> Mapping[str, Any] | None:
     for name in SIDECARS:
         if (folder / name).is_file():
             try:
-                return json.loads((folder / name).read_text(encoding="utf-8"))
+                found = json.loads((folder / name).read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise DataError(f"cannot read {folder / name}: {_reason(error)}") from error
+            if not isinstance(found, Mapping):
+                raise DataError(f"{folder / name} does not say how rows were tokenised: remove it, or write them anew")
+            return found
     return None
 
 

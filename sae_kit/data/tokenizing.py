@@ -48,6 +48,7 @@ class Encoder:
         return [np.array(ids, np.int32) for ids in self._encode(list(texts))]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
+        texts = [text if text.isascii() else _well_formed(text) for text in texts]
         if self._rust is not None:
             return [encoding.ids for encoding in self._rust.encode_batch_fast(texts, add_special_tokens=False)]
         with self._one_at_a_time:
@@ -61,6 +62,15 @@ class Encoder:
         except Exception as error:  # a template is a program
             shown = json.dumps(chat, ensure_ascii=False, default=str)[:200]
             raise DataError(f"the chat template of the tokenizer refuses {shown}: {error}") from error
+
+
+def _well_formed(text: str) -> str:
+    """`text` with U+FFFD for each lone half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def rust_half(tokenizer: Any) -> Any:
@@ -148,7 +158,10 @@ class ReadAhead:
         self._reading = threading.Lock()
 
     def next(self) -> Encoded:
-        """The next batch; one of no documents at the end. What went wrong in a thread is raised here."""
+        """The next batch; one of no documents at the end. What went wrong in a thread is raised here.
+
+        What is ready is given at once, even while a thread reads.
+        """
         self._fill()
         encoded = self._places[0].result()
         self._places.popleft()
@@ -167,9 +180,8 @@ class ReadAhead:
     def _fill(self) -> None:
         while len(self._places) < self._depth:
             place: Future[Encoded] = Future()
-            with self._reading:
-                self._places.append(place)
-                self._empty.append(place)
+            self._places.append(place)
+            self._empty.append(place)
             if self._pool is None:
                 self._make()
             else:

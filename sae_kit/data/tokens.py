@@ -137,6 +137,7 @@ class TokenStream(Iterator[list[int]]):
         self._weights = dict(self._all_weights)
         self._given = dict.fromkeys(self._weights, 0)
         self._pool, self._pad, self._vocabulary = pool, pad, vocabulary
+        self._closed = False
 
     @property
     def holdout(self) -> tuple[float, ...]:
@@ -156,8 +157,9 @@ class TokenStream(Iterator[list[int]]):
 
     @property
     def passes(self) -> int:
-        """Passes that every source which has not ended is through with."""
-        return min((self.sources[i].passes for i in self._weights), default=0)
+        """Passes that every source which has not ended is through with; at the end of the stream, the most of one."""
+        ended = max(source.passes for source in self.sources)
+        return min((self.sources[i].passes for i in self._weights), default=ended)
 
     @property
     def resumable(self) -> bool:
@@ -300,14 +302,15 @@ class TokenStream(Iterator[list[int]]):
         self._weights = {index: self._all_weights[index] for index in self._given}
 
     def close(self) -> None:
-        """Give back the threads; the stream is then at its end."""
+        """Give back the threads; the stream is then at its end, and its state that after the last row."""
+        self._closed = True
         for source in self.sources:
             source.close()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
     def _next(self) -> Ids:
-        while self._weights:
+        while self._weights and not self._closed:
             total, drawn = sum(self._weights.values()), sum(self._given.values()) + 1
             behind = {i: weight / total * drawn - self._given[i] for i, weight in self._weights.items()}
             index = max(behind, key=behind.__getitem__)

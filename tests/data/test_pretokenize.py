@@ -129,6 +129,23 @@ def test_rows_of_other_settings_are_refused(
 
 
 @pytest.mark.parametrize("sidecar", ["sae_kit.json", "sae_lens.json"])
+@pytest.mark.parametrize("said", ["[1]", '{"context_size":'])
+def test_a_description_that_is_none_is_refused_where_it_is_of_rows(
+    text: Path, llama_folder: Path, tokenizer: Any, tmp_path: Path, sidecar: str, said: str
+) -> None:
+    folder = pretokenize(config(text, llama_folder, tmp_path / "rows"))
+    (folder / ({"sae_kit.json", "sae_lens.json"} - {sidecar}).pop()).unlink()
+    (folder / sidecar).write_text(said)
+    with pytest.raises(DataError, match=f"(cannot read )?{folder / sidecar}"):
+        read(tokenizer, folder)
+    beside = tmp_path / "text"
+    beside.mkdir()
+    (beside / sidecar).write_text(said)
+    (beside / "a.jsonl").write_text('{"text": "w1 w2 w3 w4 w5 w6 w7 w8"}')
+    assert read(tokenizer, beside).take(1).ids.tolist() == [[0, 4, 5, 6, 7, 8, 9, 10]]
+
+
+@pytest.mark.parametrize("sidecar", ["sae_kit.json", "sae_lens.json"])
 def test_rows_of_another_tokenizer_are_refused(
     text: Path, llama_folder: Path, tmp_path: Path, sidecar: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from texts import CONTEXT, stream, texts
@@ -158,6 +159,24 @@ def test_columns_that_cannot_be_read(tmp_path: Path, line: dict[str, Any], colum
         open_source(Source(path=str(tmp_path / "a.jsonl"), column=column))
 
 
+def test_a_column_that_begins_with_nothing_is_what_the_config_says(tokenizer: Any, tmp_path: Path) -> None:
+    lines = [{"x": None}] * 120 + [{"x": list(range(3, 3 + CONTEXT))}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    sources = (Source(path=str(tmp_path), column="x", kind="tokens"),)
+    assert stream(tokenizer, sources=sources).take(1).ids.tolist() == [lines[-1]["x"]]
+
+
+@pytest.mark.parametrize("name", ["a[1].jsonl", "b?*.jsonl", "ünï c#%20{d}.jsonl"])
+def test_names_of_files_are_no_patterns(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "run [2]"
+    folder.mkdir()
+    (folder / name).write_text('{"text": "meant"}')
+    for other in ("a1.jsonl", "bcd.jsonl"):
+        (folder / other).write_text('{"text": "other"}')
+    assert list(open_source(Source(path=str(folder / name))).items) == ["meant"]
+    assert sorted(open_source(Source(path=str(folder))).items) == ["meant", "other", "other"]
+
+
 def test_sources_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
@@ -271,6 +290,11 @@ def test_rows_of_ids(tokenizer: Any, tmp_path: Path, kind: str) -> None:
     ]
 
 
+def test_ids_of_any_integer_type(tokenizer: Any) -> None:
+    rows = [[numpy.int64(3), numpy.int64(4)] * 4, tuple(ROWS[0]), numpy.array(ROWS[0], numpy.uint16)]
+    assert stream(tokenizer, rows).take(3).ids.tolist() == [[3, 4] * 4, ROWS[0], ROWS[0]]
+
+
 def test_rows_of_ids_are_never_cut_short_unsaid(tokenizer: Any) -> None:
     cut = stream(tokenizer, iter([ROWS[0], ROWS[2]]), pack=False)
     assert cut.take(5).ids.tolist() == [ROWS[0], ROWS[2][:8]]
@@ -289,7 +313,8 @@ def test_rows_of_ids_are_never_cut_short_unsaid(tokenizer: Any) -> None:
         ([[1.5, 2.0]], "expected text, ids or messages, found list of float"),
         ([torch.ones(3)], r"expected a row of integers, found float32 of shape \[3\] in document 1"),
         ([torch.ones(3, 3, dtype=torch.int64)], r"found int64 of shape \[3, 3\]"),
-        ([[3, -1]], "expected ids of at least 0, found -1 in document 1"),
+        ([[3, -1]], r"expected ids from 0 to 2\*\*31 - 1, found -1 in document 1"),
+        ([b"w1 w2"], "expected text, ids or messages, found bytes in document 1"),
         (["w1", [3]], "expected text, found list of int in document 2"),
         ([[3], "w1"], "expected a list of ids, found str in document 2"),
         ([{"text": "w1"}], "expected text, ids or messages, found dict in document 1"),

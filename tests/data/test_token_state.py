@@ -254,9 +254,11 @@ def test_files_that_were_changed_meanwhile_are_noticed(tokenizer: Any, tmp_path:
 def test_closed_is_the_end_and_may_be_said_twice(make: Make) -> None:
     rows = make()
     rows.take(3)
+    state = as_json(rows.state_dict())
     rows.close()
     rows.close()
     assert len(rows.take(3)) == 0
+    assert as_json(rows.state_dict()) == state, "what a run that was closed first saves"
 
 
 class Counted(Sequence[str]):

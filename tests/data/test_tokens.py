@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,19 @@ def test_passes_go_on_without_end_and_are_announced(tokenizer: Any, caplog: pyte
         "the documents: pass 2 over its 4 documents begins",
         "the documents: pass 3 over its 4 documents begins",
     ]
+
+
+@pytest.mark.parametrize("tokenize_batch", [1, 3, 1000])
+def test_passes_are_counted_when_their_rows_are_handed_out(tokenizer: Any, tokenize_batch: int) -> None:
+    rows = stream(tokenizer, texts(4, length=7), separator=None, tokenize_batch=tokenize_batch)
+    passes = []
+    for _ in range(13):
+        rows.take(1)
+        passes.append(rows.passes)
+    assert passes == [0] * 4 + [1] * 4 + [2] * 4 + [3]
+    once = stream(tokenizer, iter(texts(4, length=7)), tokenize_batch=tokenize_batch)
+    assert len(once.take(100)) == 4
+    assert once.passes == 1
 
 
 def test_shuffling_is_seeded_and_differs_from_pass_to_pass(tokenizer: Any) -> None:
@@ -237,6 +251,8 @@ def test_ids_outside_the_vocabulary_are_refused_before_any_text_is_opened(
         ({"seq_slice": [8, None, None], "context_size": 8}, "seq_slice: expected some of 8 positions, found none in"),
         ({"seq_slice": [1]}, "seq_slice: expected"),
         ({"sources": [{"path": "x", "weight": 0}]}, r"sources\[0\](\.|: )weight: expected a positive number"),
+        ({"sources": [{"path": "x", "weight": math.inf}]}, r"weight: expected a positive number, found inf"),
+        ({"sources": [""]}, r"path: expected a data set, file or folder, found an empty name"),
         ({"sources": [{"path": "x", "epochs": 0}]}, r"sources\[0\](\.|: )epochs: expected at least 1"),
     ],
 )
@@ -299,6 +315,24 @@ def test_what_goes_wrong_in_a_thread_is_raised_where_rows_are_taken(tokenizer: A
     rows.close()
 
 
+def test_what_is_ready_does_not_wait_for_a_thread_that_reads(tokenizer: Any) -> None:
+    reading, further = threading.Event(), threading.Event()
+
+    def documents() -> Iterator[str]:
+        yield from texts(4)
+        reading.set()
+        assert further.wait(10)
+        yield from texts(4)
+
+    rows = stream(tokenizer, documents(), workers=2, tokenize_batch=2, pack=False)
+    assert len(rows.take(2)) == 2
+    assert reading.wait(10)
+    assert len(rows.take(2)) == 2
+    further.set()
+    assert len(rows.take(100)) == 4
+    rows.close()
+
+
 def test_close_ends_the_threads(tokenizer: Any) -> None:
     before = set(threading.enumerate())  # streams of other tests may end theirs meanwhile
 
@@ -335,6 +369,19 @@ def test_the_short_way_gives_what_the_tokenizer_gives() -> None:
         assert found == tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     one, other = (sum(len(ids) for ids in Encoder(tokenizer)(texts, "text")) for tokenizer in (plain, splitting))
     assert one < other, "markers in the text are ids of their own unless they are to be split"
+
+
+def test_halves_of_surrogate_pairs_are_no_text(tokenizer: Any) -> None:
+    """They come from JSON and from names of files; UTF-8 has none, and neither do tokenizers."""
+    from sae_kit.demo import load_tokenizer
+
+    halves, whole = "a \ud800 é \udc00\ud83e\udd16", "a \ufffd é \ufffd🤖"
+    for own in (load_tokenizer(), tokenizer):
+        encoder = Encoder(own)
+        for text, meant in ((halves, whole), (whole, whole)):
+            expected = own([meant], add_special_tokens=False)["input_ids"][0]
+            assert encoder([text], "text")[0].tolist() == expected
+    assert len(stream(load_tokenizer(), [halves * 9]).take(2)) == 2, "from end to end"
 
 
 def test_a_tokenizer_of_its_own_kind_is_called(tokenizer: Any) -> None:
