@@ -72,7 +72,7 @@ class ModelConfig:
             )
         own = {"revision", "dtype", "torch_dtype", "attn_implementation", "trust_remote_code", "device_map"}
         if taken := own & self.kwargs.keys():
-            raise ConfigError(f"kwargs: {', '.join(sorted(taken))} cannot be given here: it is a field of its own")
+            raise ConfigError(f"kwargs: {', '.join(sorted(taken))} cannot be given here, but by the fields beside it")
 
     def reader(self, model: nn.Module) -> Reader:
         """`model`, run as this config says."""
@@ -88,6 +88,7 @@ def load_model(cfg: ModelConfig, sites: Iterable[Spelling] = ()) -> tuple[nn.Mod
     Raises:
         ConfigError: no name, a device that is not there, a model or tokenizer that cannot be read, or a host that the
             installed TransformerLens does not have.
+        HookNotFoundError: the plain model lacks a site, and TransformerLens has no bridge for models of its kind.
     """
     if cfg.name is None:
         raise ConfigError('model.name: expected a hub id, a folder or "demo", found None')
@@ -97,8 +98,14 @@ def load_model(cfg: ModelConfig, sites: Iterable[Spelling] = ()) -> tuple[nn.Mod
     with _reading(cfg.name):
         model = _plain(cfg, device)
         tokenizer = _tokenizer(cfg)
-        if cfg.host == "bridge" or (cfg.host == "auto" and (cfg.compat or not _has(model, sites))):
-            model = _bridge(cfg, model)
+        missing = _missing(model, sites) if cfg.host == "auto" and cfg.compat is None else None
+        if cfg.host == "bridge" or (cfg.host == "auto" and cfg.compat is not None) or missing is not None:
+            try:
+                model = _bridge(cfg, model)
+            except ValueError as error:
+                if missing is None:
+                    raise
+                raise missing from error
         elif cfg.host == "hooked":
             model = _hooked(cfg, model)
     return model.eval().requires_grad_(False), tokenizer
@@ -128,13 +135,14 @@ def model_path(name: str) -> str:
     return str(MODEL_FOLDER)
 
 
-def _has(model: nn.Module, sites: Iterable[Spelling]) -> bool:
+def _missing(model: nn.Module, sites: Iterable[Spelling]) -> HookNotFoundError | None:
+    """What there is to say about the first of `sites` that is not in `model`."""
     try:
         for site in sites:
             resolve(model, site)
-    except HookNotFoundError:
-        return False
-    return True
+    except HookNotFoundError as error:
+        return error
+    return None
 
 
 def _plain(cfg: ModelConfig, device: str) -> Any:
@@ -227,6 +235,8 @@ def _reading(name: str) -> Generator[None, None, None]:
         messages.disable_progress_bar()
     try:
         yield
+    except ConfigError:
+        raise
     except (OSError, ValueError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"cannot read model {name!r} or its tokenizer: {reason}") from error

@@ -192,6 +192,8 @@ def resolve(model: nn.Module, spelling: Spelling, *, head: int | None = None) ->
     """
     name = spelling if isinstance(spelling, str) else ":".join(spelling)
     if match := re.fullmatch(r"(.+)\[(\d+)\]", name):
+        if head not in (None, int(match[2])):
+            raise ConfigError(f"{name!r} names another head than head={head}: leave one of them out")
         name, head = match[1], int(match[2])
     host = _Host(model)
     found = host.point(name) or host.translated(name) or host.module(name)

@@ -90,6 +90,22 @@ def test_auto_is_a_plain_model_if_that_has_every_site(folder: Path, monkeypatch:
         resolve(model, "blocks.1.hook_nothing")
 
 
+def test_a_name_that_no_host_has_is_said_where_there_is_no_bridge(folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, BioGptConfig
+
+    shape: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+    AutoModelForCausalLM.from_config(BioGptConfig(**shape, intermediate_size=48)).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, tmp_path)
+    assert type(loaded(tmp_path, ["biogpt.layers.1"])[0]).__name__ == "BioGptForCausalLM"
+    with pytest.raises(
+        HookNotFoundError, match=r"'biogpt\.layers\.1\.fcc1' is not in .* mean 'biogpt\.layers\.1\.fc1'"
+    ):
+        loaded(tmp_path, ["biogpt.layers.1.fcc1"])
+    with pytest.raises(ConfigError, match=r"cannot read model .*: Could not determine supported architecture"):
+        loaded(tmp_path, host="bridge")
+
+
 @pytest.fixture(scope="module")
 def scaled(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model with gains other than 1."""
@@ -192,7 +208,7 @@ def test_a_truncated_model_is_refused(llama_folder: Path, tmp_path: Path) -> Non
     [
         ({"host": "hf", "compat": {"fold_ln": True}}, "model.compat: weights of a plain Hugging Face model are not"),
         ({"forward_kwargs": {"output_hidden_states": True}}, "model.forward_kwargs: output_hidden_states cannot be"),
-        ({"kwargs": {"dtype": "float16"}}, "model.kwargs: dtype cannot be given here: it is a field of its own"),
+        ({"kwargs": {"dtype": "float16"}}, "model.kwargs: dtype cannot be given here, but by the fields beside it"),
         ({"host": "bridges"}, "model.host: expected one of 'auto', 'hf', 'bridge', 'hooked', found 'bridges'"),
         ({"compat": {"fold": True}}, "unknown key 'model.compat.fold'"),
     ],

@@ -174,6 +174,9 @@ def test_heads_that_are_not_there_are_refused(family: str, kind: str) -> None:
         resolve(shared(kind, family), f"{Z}[4]")
     with pytest.raises(ConfigError, match=r"'blocks\.1\.hook_resid_pre' has no attention heads"):
         resolve(shared(kind, family), "blocks.1.hook_resid_pre[0]")
+    assert resolve(shared(kind, family), f"{Z}[2]", head=2).head == 2
+    with pytest.raises(ConfigError, match=r"hook_z\[2\]' names another head than head=1"):
+        resolve(shared(kind, family), f"{Z}[2]", head=1)
 
 
 def test_head_shaped_values_are_flat_to_the_function_and_keep_their_shape_in_the_model() -> None:
