@@ -102,10 +102,11 @@ class MixingBuffer:
         self.count = 0
         """occupied slots"""
         self._pinned = pinned
-        self._rows = {
-            site: torch.empty(capacity, width, dtype=dtypes[site], device=device, pin_memory=pinned)
-            for site, width in widths.items()
-        }
+        with torch.inference_mode(False):  # rows are written in that mode and out of it
+            self._rows = {
+                site: torch.empty(capacity, width, dtype=dtypes[site], device=device, pin_memory=pinned)
+                for site, width in widths.items()
+            }
         # The numbers of all slots, first the occupied ones, then the free ones. In numpy: the draw is the same on
         # every device and waits for none, and so small an operation is not worth torch's threads.
         self._slots = np.arange(capacity, dtype=np.int32)
@@ -171,13 +172,12 @@ class MixingBuffer:
         return {site: stored[: min(number, self.count)] for site, stored in self._rows.items()}
 
     def state_dict(self) -> State:
-        """Rows and slot numbers as they lie in memory, not copied; and the generator."""
+        """Rows and slot numbers as they lie in memory, not copied. The generator is the caller's."""
         return {
             "rows": dict(self._rows),
             "slots": torch.from_numpy(self._slots),
             "contexts": torch.from_numpy(self._contexts),
             "count": self.count,
-            "generator": self._generator.get_state(),
             "untouched": self._untouched,
             "clumping": [self._taken, self._alike],
         }
@@ -197,7 +197,6 @@ class MixingBuffer:
         for site, rows in state["rows"].items():
             self._rows[site].copy_(rows)
         self._slots[:], self._contexts[:] = state["slots"].numpy(), state["contexts"].numpy()
-        self._generator.set_state(state["generator"])
         self.count, self._untouched = state["count"], state["untouched"]
         self._taken, self._alike = state["clumping"]
 

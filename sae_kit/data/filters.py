@@ -181,8 +181,9 @@ class RunningMedian:
             nothing = torch.full_like(norms, torch.nan)
             new = torch.where(finite, norms, nothing)
             self._median = torch.cat([self._kept.to(new), new]).nanmedian()
-        # All rows alike and zero: nothing is long.
-        ratios = norms / self._median.to(norms.device).clamp_min(torch.finfo(norms.dtype).tiny)
+        median = self._median.to(norms)
+        # Where most rows are zero, as of an expert that few tokens go to, the median says nothing of the others.
+        ratios = torch.where(median > 0, norms / median, torch.zeros_like(norms))
         seen = torch.where(finite, ratios, torch.zeros_like(ratios)).max()
         self._largest = torch.maximum(self._largest.to(seen), seen)
         return ratios

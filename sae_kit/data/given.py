@@ -25,7 +25,8 @@ class GivenRows(Iterator[dict[str, Tensor]]):
     def __next__(self) -> dict[str, Tensor]:
         while True:
             item = next(self._rows)
-            rows = {self._site: item} if isinstance(item, Tensor) else dict(item)
+            rows = {self._site: item} if isinstance(item, Tensor) else item
+            rows = {site: value.detach() for site, value in rows.items()}
             shapes = {site: list(value.shape) for site, value in rows.items()}
             if not rows or len({len(value) for value in rows.values()}) > 1 or any(v.ndim != 2 for v in rows.values()):
                 raise DataError(f"expected rows [rows, width], as many at every site, found {shapes}")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sae_kit.data.batch import Harvested, State, TokenBatch, TokenRows
 from sae_kit.data.capture import Reader
 from sae_kit.data.filters import RowFilter
+from sae_kit.data.provenance import check_provenance
 from sae_kit.data.sites import BoundSite
 from sae_kit.errors import DataError, ShapeError
 
@@ -69,15 +70,24 @@ class Harvest(Iterator[Harvested]):
     @property
     def provenance(self) -> dict[str, Any]:
         """Which activations these are, as JSON values."""
+        return {**self._own_provenance, "tokens": dict(self.tokens.provenance)}
+
+    @property
+    def _own_provenance(self) -> dict[str, Any]:
         return {
             "model": self._facts,
             "sites": [site.spelling for site in self._sites],
-            "tokens": dict(self.tokens.provenance),
             "filters": self.filters.provenance,
         }
 
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What a state is good for: the running median and the last bit of values depend on the forwards, too."""
+        return {**self._own_provenance, "rows_per_forward": self._rows}
+
     def state_dict(self) -> State:
         return {
+            "settings": self._settings,
             "tokens": self.tokens.state_dict(),
             "filters": self.filters.state_dict(),
             "lm_tokens": self.lm_tokens,
@@ -85,6 +95,12 @@ class Harvest(Iterator[Harvested]):
         }
 
     def load_state_dict(self, state: State) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            ConfigError: it belongs to another model, or to other sites, filters, forwards or token rows.
+        """
+        check_provenance(self._settings, state["settings"], "the saved stream")
         self.tokens.load_state_dict(state["tokens"])
         self.filters.load_state_dict(state["filters"])
         self.lm_tokens, self._given = state["lm_tokens"], state["given"]

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 DEVICE_SHARE = 0.3
 """Share of a GPU's memory that a buffer may take before it goes to the host."""
+CONTEXTS = 2**31
+"""Numbers of contexts begin anew after so many, long after all rows of the first have left the buffer."""
 CLUMPED = 16
 """Clumping that is worth a warning: the mean of a batch is as noisy as that of one 16 times smaller."""
 
@@ -51,8 +53,10 @@ class Mixing(Iterator[dict[str, Tensor]]):
         batch_tokens: int,
         train_tokens: int | None = None,
         seed: int = 0,
+        device: torch.device | None = None,
     ) -> None:
-        self.source, self.cfg, self.batch_tokens = source, cfg, batch_tokens
+        """`device` is where the rows are made, which a state that was read from a file does not say."""
+        self.source, self.cfg, self.batch_tokens, self._device = source, cfg, batch_tokens, device
         self.capacity = cfg.capacity(batch_tokens, train_tokens)
         self._wanted = None if train_tokens is None else train_tokens // batch_tokens * batch_tokens
         self._generator = generator(seed, "buffer")
@@ -115,28 +119,31 @@ class Mixing(Iterator[dict[str, Tensor]]):
             "pending_contexts": torch.from_numpy(self._pending_contexts.copy()),
             "numbers": [self._contexts, self._entered, self._dropped_last],
             "ended": self._ended,
+            "generator": self._generator.get_state(),
             "settings": self._settings,
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Go on where `state` was taken.
+        """Go on where `state` was taken; one that is refused changes nothing.
 
         Raises:
-            ConfigError: it belongs to another batch size, capacity, length or order.
+            ConfigError: it belongs to another batch size, capacity, length or order, or the source refuses it.
         """
         for name, value in self._settings.items():
             if state["settings"][name] != value:
                 raise ConfigError(
                     f"{name}: the saved stream has {state['settings'][name]}, this one {value}; use the same"
                 )
+        buffer = None
+        if state["buffer"] is not None:
+            buffer = self._allocate(state["buffer"]["rows"], self._device)
+            buffer.load_state_dict(state["buffer"])
         self.source.load_state_dict(state["source"])
         self._pending = {site: rows.clone() for site, rows in state["pending"].items()}
         self._pending_contexts = state["pending_contexts"].numpy().copy()
         self._contexts, self._entered, self._dropped_last = state["numbers"]
-        self._ended, self._buffer = state["ended"], None
-        if state["buffer"] is not None:
-            self._buffer = self._allocate(state["buffer"]["rows"])
-            self._buffer.load_state_dict(state["buffer"])
+        self._ended, self._buffer = state["ended"], buffer
+        self._generator.set_state(state["generator"])
 
     def close(self) -> None:
         """Give back the buffer's memory and close the source; this is then at its end."""
@@ -160,25 +167,22 @@ class Mixing(Iterator[dict[str, Tensor]]):
             return True
         self._ended = True
         if self._entered == 0 or (self._entered < self.batch_tokens and self.cfg.drop_last):
-            raise DataError(
-                f"the text gives {self._entered:,} activations, fewer than one batch of {self.batch_tokens:,}"
-            )
+            raise DataError(f"there are {self._entered:,} activations, fewer than one batch of {self.batch_tokens:,}")
         if self._wanted is not None:
-            log.warning("the text ends after %d of %d activations", self._entered, self._wanted)
+            log.warning("the data end after %d of %d activations", self._entered, self._wanted)
         return False
 
     def _take_over(self, found: Harvested | dict[str, Tensor]) -> None:
         if not isinstance(found, Harvested):
             self._pending, number = found, len(next(iter(found.values())))
-            self._pending_contexts = np.arange(self._contexts, self._contexts + number, dtype=np.int32)
-            self._contexts += number
-            return
-        context = found.tokens.ids.shape[1]
-        self._pending = dict(found.rows)
-        self._pending_contexts = (found.kept // context + self._contexts).to(torch.int32).numpy()
-        self._contexts += len(found.tokens)
-        if self._buffer is None:
-            self._warn_of_clumping(context)
+            contexts, new = np.arange(number), number
+        else:
+            context, new = found.tokens.ids.shape[1], len(found.tokens)
+            self._pending, contexts = dict(found.rows), (found.kept // context).numpy()
+            if self._buffer is None:
+                self._warn_of_clumping(context)
+        self._pending_contexts = ((contexts + self._contexts) % CONTEXTS).astype(np.int32)
+        self._contexts += new
 
     def _warn_of_clumping(self, context: int) -> None:
         if self.cfg.mix == "none":
@@ -197,11 +201,11 @@ class Mixing(Iterator[dict[str, Tensor]]):
                 CLUMPED,
             )
 
-    def _allocate(self, rows: Mapping[str, Tensor]) -> MixingBuffer:
+    def _allocate(self, rows: Mapping[str, Tensor], made_on: torch.device | None = None) -> MixingBuffer:
         asked = None if self.cfg.dtype == "auto" else getattr(torch, self.cfg.dtype)
         dtypes = {site: asked or value.dtype for site, value in rows.items()}
         size = sum(self.capacity * value.shape[1] * dtypes[site].itemsize for site, value in rows.items())
-        source = next(iter(rows.values())).device
+        source = made_on or next(iter(rows.values())).device
         device = _where(self.cfg.device, source, size)
         return MixingBuffer(
             self.capacity,

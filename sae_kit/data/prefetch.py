@@ -2,8 +2,8 @@
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -55,12 +55,11 @@ class Prefetch(Iterator[dict[str, Tensor]]):
             elif not self._ready:
                 self._counters = None  # if this fails, or is the end: those of the source
                 self._ready.append(self._make())
-            while not self._ready and self._error is None:
+            while not self._ready and self._error is None and not self._closed:
                 self._change.wait()
             if not self._ready:
-                assert self._error is not None
                 self._counters = None
-                raise self._error
+                raise self._error or StopIteration
             ready = self._ready.popleft()
             self._change.notify_all()
         self._counters = ready.counters
@@ -71,9 +70,33 @@ class Prefetch(Iterator[dict[str, Tensor]]):
         """Those of the source as of the last batch handed out."""
         return self.source.counters if self._counters is None else self._counters
 
-    def state_dict(self) -> State:
+    @property
+    def ready(self) -> int:
+        """Batches that were made and not yet asked for."""
+        return len(self._ready)
+
+    def pause(self) -> None:
+        """Wait until the thread stands between two batches, where it stays until the next batch is asked for."""
         with self._change:
-            self._pause()
+            self._paused = True
+            while self._working:
+                self._change.wait()
+            if self._streams is not None:
+                self._streams.to_consumer()
+
+    @contextmanager
+    def between_batches(self) -> Generator[None, None, None]:
+        """A block that works with the source while the thread does not, and on its CUDA stream.
+
+        So all memory of the source belongs to one stream, and none of it is used again before that is done with it.
+        """
+        with self._change:
+            self.pause()
+            with nullcontext() if self._streams is None else self._streams.in_turn():
+                yield
+
+    def state_dict(self) -> State:
+        with self.between_batches():
             return {
                 "source": self.source.state_dict(),
                 "ready": [{"batch": ready.batch, "counters": dict(ready.counters)} for ready in self._ready],
@@ -81,32 +104,27 @@ class Prefetch(Iterator[dict[str, Tensor]]):
             }
 
     def load_state_dict(self, state: State) -> None:
-        """Go on where `state` was taken."""
-        with self._change:
-            self._pause()
+        """Go on where `state` was taken; a state that the source refuses changes nothing."""
+        with self.between_batches():
+            self.source.load_state_dict(state["source"])
             self._thread = None  # one that runs notices, and ends
             self._change.notify_all()
             self._ready = deque(_Ready(item["batch"], item["counters"], None) for item in state["ready"])
             self._counters, self._error = state["counters"], None
-            self.source.load_state_dict(state["source"])
 
-    def close(self) -> None:
-        """Stop the thread, which ends with the batch that it is making, and close the source."""
+    def stop(self) -> None:
+        """End the thread, after the batch that it is making; this is then at its end."""
         with self._change:
             self._closed = True
             self._ready.clear()
             self._change.notify_all()
-        if self._thread is not None:
+        if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(JOIN_SECONDS)
-        self.source.close()
 
-    def _pause(self) -> None:
-        """Wait until the thread stands between two batches; the lock is held."""
-        self._paused = True
-        while self._working:
-            self._change.wait()
-        if self._streams is not None:
-            self._streams.to_consumer()
+    def close(self) -> None:
+        """Stop, and close the source."""
+        self.stop()
+        self.source.close()
 
     def _resume(self) -> None:
         """Let the thread work on; the lock is held."""
@@ -129,7 +147,8 @@ class Prefetch(Iterator[dict[str, Tensor]]):
                     self._change.notify_all()
                 return
             with self._change:
-                self._ready.append(ready)
+                if not self._closed:
+                    self._ready.append(ready)
                 self._working = False
                 self._change.notify_all()
 
@@ -165,6 +184,16 @@ class _Streams:
     def to_producer(self) -> None:
         """The other way round."""
         self._own.wait_stream(torch.cuda.current_stream(self._device))
+
+    @contextmanager
+    def in_turn(self) -> Generator[None, None, None]:
+        """A block on the producer's stream, after what the consumer has begun and before what it begins next."""
+        self.to_producer()
+        try:
+            with self.producing():
+                yield
+        finally:
+            self.to_consumer()
 
     def record(self) -> Any:
         """An event: all that the producer has begun."""

@@ -8,6 +8,7 @@ resumes it as a whole.
 """
 
 import logging
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_kit.data.batch import State, TokenRows
-from sae_kit.data.buffer import BufferConfig
+from sae_kit.data.buffer import BATCHES, BufferConfig
 from sae_kit.data.cache import Cache, CacheReader
 from sae_kit.data.capture import Reader, device_of, max_context, vocabulary_size
 from sae_kit.data.filters import PositionSlice, RowFilter
@@ -44,10 +45,22 @@ class ActivationsStore(Iterator[dict[str, Tensor]]):
     need. A batch is the caller's own memory.
     """
 
-    def __init__(self, mixed: Mixing | CacheReader, *, prefetch: int = 0, device: torch.device | None = None) -> None:
-        """Batches of `mixed`, up to `prefetch` of them made ahead; `device` is where they are made."""
-        self.mixed = mixed
+    def __init__(
+        self,
+        mixed: Mixing | CacheReader,
+        *,
+        prefetch: int = 0,
+        device: torch.device | None = None,
+        sample: int | None = None,
+    ) -> None:
+        """Batches of `mixed`, up to `prefetch` of them made ahead; `device` is where they are made.
+
+        `peek` shows at most `sample` activations.
+        """
+        self.mixed, self._sample = mixed, sample
         self._batches = Prefetch(mixed, prefetch, device)
+        # A thread that nobody asks for batches would keep the buffer, and crash the interpreter's end amid a forward.
+        weakref.finalize(self, self._batches.stop)
 
     @classmethod
     def from_model(
@@ -84,8 +97,8 @@ class ActivationsStore(Iterator[dict[str, Tensor]]):
             norm_filter=cfg.norm_filter,
             facts=facts,
         )
-        mixing = Mixing(source, cfg, batch_tokens=batch_tokens, train_tokens=train_tokens, seed=seed)
         device = device_of(source.reader.model)
+        mixing = Mixing(source, cfg, batch_tokens=batch_tokens, train_tokens=train_tokens, seed=seed, device=device)
         ahead = cfg.prefetch if cfg.prefetch != "auto" else AHEAD if device.type == "cuda" else 0
         return cls(mixing, prefetch=ahead, device=device)
 
@@ -157,11 +170,11 @@ class ActivationsStore(Iterator[dict[str, Tensor]]):
             tokens=train_tokens,
             dtype=None if cfg.dtype == "auto" else getattr(torch, cfg.dtype),
             expected=expected,
-            drop_last=cfg.drop_last,
+            drop_last=cfg.drop_last and order == "global",  # else the buffer gathers what is left
         )
         ahead = 0 if cfg.prefetch == "auto" else cfg.prefetch
         if order == "global":  # mixed already
-            return cls(reader, prefetch=ahead)
+            return cls(reader, prefetch=ahead, sample=BATCHES * batch_tokens if cfg.tokens == "auto" else cfg.tokens)
         return cls(Mixing(reader, cfg, batch_tokens=batch_tokens, train_tokens=train_tokens, seed=seed), prefetch=ahead)
 
     @classmethod
@@ -193,14 +206,25 @@ class ActivationsStore(Iterator[dict[str, Tensor]]):
             DataError: text that does not give one batch.
         """
         if isinstance(self.mixed, Mixing):
-            self.mixed.fill()
+            with self._batches.between_batches():
+                self.mixed.fill()
 
     def peek(self, number: int) -> dict[str, Float[Tensor, "rows _"]]:
-        """The first `number` activations, or as many as the buffer holds; nothing is removed.
+        """The first `number` activations, or as many as the buffer holds (or would hold); nothing is removed.
 
-        They are views that hold until the first batch; after it there is no peeking (RuntimeError).
+        They hold until the first batch; after it there is no peeking (RuntimeError).
         """
-        return self.mixed.peek(number)
+        with self._batches.between_batches():
+            if self._batches.ready:
+                raise RuntimeError("peek shows the first rows: call it before the first batch is taken")
+            return self.mixed.peek(number if self._sample is None else min(number, self._sample))
+
+    def pause(self) -> None:
+        """Make no batches ahead until the next one is asked for.
+
+        Call it before anything else runs the model: a forward made ahead would pass through its hooks and edits.
+        """
+        self._batches.pause()
 
     @property
     def counters(self) -> Mapping[str, int | float]:

@@ -76,6 +76,14 @@ def test_rows_of_zeros_are_not_long() -> None:
     assert filters.usable({"a": torch.zeros(64, 4)}) is None
 
 
+def test_where_most_rows_are_zeros_the_others_are_not_long() -> None:
+    filters = RowFilter(["a"], norm_filter=10.0)
+    values = torch.zeros(64, 4)
+    values[:20] = rows(20, 1e3, width=4)
+    assert filters.usable({"a": values}) is None
+    assert filters.max_ratios == {"a": 0}
+
+
 def test_the_median_runs_and_then_stays() -> None:
     median = RunningMedian()
     generator = torch.Generator().manual_seed(0)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sae_kit import Batch, RunConfig, SAETrainer, TopKSAEConfig
 from sae_kit.data.buffer import BufferConfig
+from sae_kit.data.mixing import CONTEXTS, Mixing
 from sae_kit.data.store import ActivationsStore
 from sae_kit.errors import ConfigError, DataError
 from sae_kit.metadata import SAEMetadata
@@ -75,6 +76,29 @@ def test_rows_without_a_state_train_and_do_not_resume() -> None:
     next(running)
     with pytest.raises(ConfigError, match="generator cannot go on where another one stopped"):
         store(iter(Numbered())).load_state_dict(running.state_dict())
+
+
+def test_graphs_of_rows_are_not_kept() -> None:
+    weight = torch.ones(3, requires_grad=True)
+    batch = next(store(rows * weight for rows in Numbered()))
+    assert not batch["rows"].requires_grad
+
+
+def test_inference_mode_may_come_and_go() -> None:
+    rows = store(Numbered())
+    with torch.inference_mode():
+        found = [next(rows)["rows"]]
+    found += [batch["rows"] for batch in rows]
+    assert torch.cat(found)[:, 0].sort().values.tolist() == list(range(1000))
+
+
+def test_more_rows_than_numbers_of_32_bits() -> None:
+    rows = store(Numbered())
+    next(rows)
+    assert isinstance(rows.mixed, Mixing)
+    rows.mixed._contexts = CONTEXTS - 10
+    assert sum(len(batch["rows"]) for batch in rows) == 984
+    assert rows.mixed._contexts > CONTEXTS
 
 
 @pytest.mark.parametrize(

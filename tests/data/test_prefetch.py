@@ -146,3 +146,50 @@ def test_closing_ends_the_thread_and_closes_the_source() -> None:
     assert not thread.is_alive()
     assert next(prefetch, None) is None
     Prefetch(Counting(), 3).close()
+
+
+def test_a_pause_lasts_until_the_next_batch_is_asked_for() -> None:
+    source = Counting(seconds=0.001)
+    prefetch = Prefetch(source, 50)
+    next(prefetch)
+    prefetch.pause()
+    made = source.made
+    time.sleep(0.02)
+    assert source.made == made < 51
+    with prefetch.between_batches():
+        next(source)  # somebody else takes one
+        made = source.made
+    assert prefetch.ready == made - 2
+    following = numbers(prefetch, made - 1)
+    assert following == [*range(1, made - 1), made]
+    prefetch.close()
+
+
+def test_a_state_that_is_refused_changes_nothing() -> None:
+    class Picky(Counting):
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            raise ValueError("of another stream")
+
+    other = Prefetch(Counting(), 3)
+    numbers(other, 10)
+    prefetch = Prefetch(Picky(), 3)
+    assert numbers(prefetch, 3) == [0, 1, 2]
+    with pytest.raises(ValueError, match="another stream"):
+        prefetch.load_state_dict(other.state_dict())
+    assert prefetch.counters == {"made": 3}
+    assert numbers(prefetch, 5) == [3, 4, 5, 6, 7]
+    prefetch.close()
+    other.close()
+
+
+def test_closing_elsewhere_ends_waiting() -> None:
+    prefetch = Prefetch(Counting(seconds=0.05), 2)
+    found: list[list[int]] = []
+    consumer = threading.Thread(target=lambda: found.append(numbers(prefetch)))
+    consumer.start()
+    time.sleep(0.12)
+    prefetch.close()
+    consumer.join(5)
+    assert found
+    assert found[0] == list(range(len(found[0])))
+    assert prefetch.ready == 0

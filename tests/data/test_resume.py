@@ -147,8 +147,29 @@ def test_other_settings_are_refused(
     take(running, 3)
     with pytest.raises(ConfigError, match=said):
         make(**change).load_state_dict(running.state_dict())
+    for data, said in (
+        ({"exclude": "none"}, r"filters\.excluded_ids: expected \[\], found \[0"),
+        ({"seq_slice": (1, None, None)}, r"filters\.seq_slice"),
+        ({"rows_per_forward": 4}, "rows_per_forward: expected 4, found 5"),
+    ):
+        with pytest.raises(ConfigError, match=f"the saved stream was made with other settings: {said}"):
+            Make(llama, tokenizer, sources, **data)().load_state_dict(running.state_dict())
+    with pytest.raises(ConfigError, match=r"filters\.norm_filter: expected 3\.0, found 1\.2"):
+        make(norm_filter=3.0).load_state_dict(running.state_dict())
     other = Make(llama, tokenizer, sources[:1])(prefetch=0)
     with pytest.raises(ConfigError, match="made with other settings: sources"):
         other.load_state_dict(running.state_dict())
+    half = make(dtype="bfloat16", prefetch=0)
+    expected = take(make(dtype="bfloat16", prefetch=0), 3)
     with pytest.raises(ConfigError, match="bfloat16"):
-        make(dtype="bfloat16").load_state_dict(running.state_dict())
+        half.load_state_dict(running.state_dict())
+    assert_equal(take(half, 3), expected)  # as if it had not been tried
+
+
+def test_set_back_to_the_beginning(llama: nn.Module, tokenizer: Any, sources: tuple[Source, ...]) -> None:
+    store = Make(llama, tokenizer, sources)()
+    beginning = store.state_dict()
+    batches = take(store, 10)
+    store.load_state_dict(beginning)
+    assert_equal(take(store, 10), batches)
+    store.close()

@@ -1,6 +1,8 @@
 """The store gives every activation that it should, once, mixed, and nothing that it should not."""
 
 import copy
+import threading
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,6 +129,49 @@ def test_peek_shows_the_first_activations_and_changes_nothing(llama: nn.Module, 
         store.peek(1)
 
 
+def test_the_buffer_may_be_filled_and_seen_while_batches_are_made_ahead(llama: nn.Module, tokenizer: Any) -> None:
+    def rows(prefetch: int) -> Tensor:
+        buffer = BufferConfig(tokens=256, prefetch=prefetch, drop_last=False)
+        store = make(llama, tokenizer, iter(texts(60)), buffer=buffer)
+        found = []
+        for batch in store:
+            found.append(batch[SITES[0]])
+            store.fill()
+            if len(found) < 10:
+                with pytest.raises(RuntimeError, match="before the first batch"):
+                    store.peek(1)
+        return sort(torch.cat(found))
+
+    assert torch.equal(rows(2), rows(0))
+
+
+def test_a_stream_that_is_dropped_ends_its_thread(llama: nn.Module, tokenizer: Any) -> None:
+    store = make(llama, tokenizer, texts(60), buffer=BufferConfig(tokens=256, prefetch=2))
+    next(store)
+    (thread,) = (found for found in threading.enumerate() if found.name == "sae_kit-prefetch")
+    del store
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def test_a_paused_stream_leaves_the_model_alone(llama: nn.Module, tokenizer: Any) -> None:
+    forwards: list[int] = []
+    handle = llama.register_forward_pre_hook(lambda *_: forwards.append(1))
+    try:
+        store = make(llama, tokenizer, texts(60), buffer=BufferConfig(tokens=256, prefetch=20))
+        next(store)
+        store.pause()
+        number = len(forwards)
+        time.sleep(0.05)
+        assert len(forwards) == number
+        for _ in range(30):
+            next(store)
+        assert len(forwards) > number
+        store.close()
+    finally:
+        handle.remove()
+
+
 def test_seed_decides_the_batches(llama: nn.Module, tokenizer: Any) -> None:
     first, again, other = (next(make(llama, tokenizer, texts(20), seed=seed))[SITES[0]] for seed in (0, 0, 1))
     assert torch.equal(first, again)
@@ -238,7 +283,7 @@ def test_a_text_that_ends_early_is_said(llama: nn.Module, tokenizer: Any, caplog
     store = make(llama, tokenizer, iter(texts(5)), train_tokens=10_000)
     total = len(reference(llama, tokenizer, iter(texts(5))))
     assert len(list(store)) == total // BATCH
-    assert f"the text ends after {total} of 9984 activations" in caplog.text
+    assert f"the data end after {total} of 9984 activations" in caplog.text
 
 
 def test_closed_is_the_end(llama: nn.Module, tokenizer: Any) -> None:
