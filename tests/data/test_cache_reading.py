@@ -15,9 +15,11 @@ import torch
 from harvests import SPECIAL, RandomHarvest, all_rows
 from torch import Tensor
 
+from sae_kit.data.buffer import BufferConfig
 from sae_kit.data.cache import CacheReader, open_cache, write_cache
-from sae_kit.data.cache.memory import Column, Places, Recycled
+from sae_kit.data.cache.memory import SPARE, Column, Places, Recycled
 from sae_kit.data.cache.ordering import Blocks, Permutation, Shuffled
+from sae_kit.data.store import ActivationsStore
 from sae_kit.errors import ConfigError, CorruptFileError, DataError, HookNotFoundError
 
 ROWS = 500
@@ -153,6 +155,43 @@ def test_memory_is_used_again_when_nobody_holds_it() -> None:
     assert memory.tensor().data_ptr() in places
 
 
+def test_memory_that_many_batches_took_is_given_back() -> None:
+    memory = Recycled((4, 3), torch.float32)
+    many = [memory.tensor() for _ in range(20)]
+    assert len({tensor.data_ptr() for tensor in many}) == 20
+    kept, many = many[7], []
+    kept.fill_(5)
+    for _ in range(30):
+        memory.tensor().zero_()
+    assert len(memory._blocks) == SPARE + 1
+    assert (kept == 5).all()
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda rows: rows[3:4],
+        lambda rows: rows.detach().T,
+        lambda rows: rows.unbind(0)[2],
+        lambda rows: torch.nn.Parameter(rows),
+        lambda rows: rows.numpy()[2:3],
+        lambda rows: rows.numpy().view(np.uint8).reshape(-1)[::3],
+        lambda rows: memoryview(rows.numpy()),
+        lambda rows: rows.untyped_storage(),
+        lambda rows: torch.empty(0).set_(rows),
+        lambda rows: torch.from_dlpack(rows),
+    ],
+)
+def test_whatever_is_left_of_a_batch_keeps_its_memory(part: Callable[[Tensor], Any]) -> None:
+    memory = Recycled((4, 3), torch.float32)
+    rows = memory.tensor()
+    place, held = rows.data_ptr(), part(rows)
+    del rows
+    assert place not in {memory.tensor().data_ptr() for _ in range(5)}
+    del held
+    assert place in {memory.tensor().data_ptr() for _ in range(5)}
+
+
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 
@@ -239,7 +278,9 @@ def test_resuming_at_any_moment_gives_the_same_batches(folder: Path, order: Any)
         assert all(torch.equal(a, b) for a, b in zip(found, expected[stop:], strict=True))
 
 
-def test_states_of_another_way_to_read_are_refused(folder: Path) -> None:
+def test_states_of_another_way_to_read_are_refused(folder: Path, tmp_path: Path) -> None:
+    another = tmp_path / "as many rows, other ones"
+    write_cache(RandomHarvest(seed=1), another, tokens=ROWS, dtype="float32", rows_per_shard=60)
     reader = CacheReader(folder, batch_tokens=48, order="blocks", seed=2)
     for other, message in (
         (
@@ -247,6 +288,7 @@ def test_states_of_another_way_to_read_are_refused(folder: Path) -> None:
             "order was blocks and is global; seed was 2 and is 3; open_shar",
         ),
         (CacheReader(folder, batch_tokens=48, order="blocks", seed=2, excluded=[301]), "rows was 500 and is"),
+        (CacheReader(another, batch_tokens=48, order="blocks", seed=2), r"cache was [0-9a-f]{16} and is [0-9a-f]{16}$"),
     ):
         with pytest.raises(ConfigError, match=message):
             other.load_state_dict(reader.state_dict())
@@ -296,6 +338,42 @@ def test_a_batch_is_the_callers_own(folder: Path, truth: dict[str, Tensor]) -> N
     assert torch.equal(first["a"], truth["a"][at])
 
 
+def test_closing_gives_back_the_files(folder: Path) -> None:
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count(str(folder))
+
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("this system does not say which files are mapped")
+    before = mapped()
+    reader = CacheReader(folder, batch_tokens=64)
+    next(reader)
+    assert mapped() > before
+    reader.close()
+    assert mapped() == before
+    assert (reader.counters["dropped_special"], dict(reader.provenance)) == (0, RandomHarvest().provenance)
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_blocks_are_mixed_and_every_row_that_is_left_out_is_counted(folder: Path, drop_last: bool) -> None:
+    buffer = BufferConfig(tokens=130, drop_last=drop_last)
+    store = ActivationsStore.from_cache(folder, buffer, batch_tokens=64, order="blocks", epochs=2)
+    found = torch.cat([batch["a"][:, 0] for batch in store])
+    assert store.counters["dropped_last"] == (2 * ROWS % 64 if drop_last else 0)
+    assert len(found) + store.counters["dropped_last"] == 2 * ROWS
+    with pytest.raises(DataError, match="500 activations, fewer than one batch of 512"):
+        next(ActivationsStore.from_cache(folder, batch_tokens=512, order="blocks"))
+
+
+def test_a_store_shows_as_much_of_a_cache_as_a_buffer_would_hold(folder: Path) -> None:
+    store = ActivationsStore.from_cache(folder, BufferConfig(tokens=100, prefetch=2), batch_tokens=16)
+    assert len(store.peek(1_000_000)["a"]) == 100
+    batch = next(store)
+    with pytest.raises(RuntimeError, match="before the first batch"):
+        store.peek(16)
+    assert torch.equal(batch["a"], CacheReader(folder, batch_tokens=16).peek(16)["a"])
+    store.close()
+
+
 def test_excluded_ids_are_compared_as_integers(tmp_path: Path) -> None:
     """Ids above 256 that bfloat16 cannot tell apart, in a cache of bfloat16."""
     write_cache(RandomHarvest(), tmp_path, tokens=ROWS, dtype="bf16", rows_per_shard=60)
@@ -326,6 +404,10 @@ def test_provenance_is_compared(folder: Path) -> None:
 def test_mistakes_are_found_at_once(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected batches and open shards of at least 1, found 0 and 4"):
         CacheReader(folder, batch_tokens=0)
+    with pytest.raises(ConfigError, match="expected some of the sites a, b, found none"):
+        CacheReader(folder, batch_tokens=8, sites=[])
+    with pytest.raises(ConfigError, match=r"cache\.epochs: expected at least 1 or None, found 0"):
+        CacheReader(folder, batch_tokens=8, epochs=0)
     with pytest.raises(FileNotFoundError, match=r"no cache of activations in .*found nothing"):
         CacheReader(tmp_path, batch_tokens=8)
     with pytest.raises(FileNotFoundError, match="found no such folder"):

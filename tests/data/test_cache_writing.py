@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -403,6 +404,14 @@ def test_another_folder_is_not_written_into(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(OutputExistsError, match="holds files that are no cache"):
         written(tmp_path)
+    file = tmp_path / "thesis.tex"
+    with pytest.raises(OutputExistsError, match=r"thesis\.tex is a file: choose another folder"):
+        written(file)
+    hidden = tmp_path / "cache" / ".draft.tmp-1"
+    written(tmp_path / "cache")
+    hidden.write_text("precious, too")
+    written(tmp_path / "cache")
+    assert hidden.exists()
 
 
 def test_text_that_ends_gives_a_smaller_cache_and_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -416,6 +425,18 @@ def test_text_that_ends_gives_a_smaller_cache_and_a_warning(tmp_path: Path, capl
     assert open_cache(tmp_path / "short").rows == rows
     with pytest.raises(DataError, match="the text gives no activation"):
         write_cache(RandomHarvest(forwards=0), tmp_path / "none", tokens=500)
+    with pytest.raises(DataError, match="the text gives no activation"):
+        write_cache(Empty(forwards=3), tmp_path / "empty", tokens=500)
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+class Empty(RandomHarvest):
+    """Forwards of which nothing is kept."""
+
+    def __next__(self) -> Any:
+        forward = super().__next__()
+        rows = {site: values[:0] for site, values in forward.rows.items()}
+        return replace(forward, rows=rows, kept=forward.kept[:0])
 
 
 def test_mistakes_are_found_before_anything_is_written(tmp_path: Path) -> None:

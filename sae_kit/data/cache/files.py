@@ -12,6 +12,7 @@ file gets its name when all of it is on the disk, and is a part of the cache whe
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,9 @@ from sae_kit.errors import ConfigError, CorruptFileError, FormatTooNewError
 FORMAT = 1
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 64 * 2**20  # bytes
+SHARD = re.compile(r"r\d\d-\d{6}\.safetensors")
+LEFTOVER = re.compile(rf"\.({SHARD.pattern}|{re.escape(MANIFEST)})\.tmp-\d+-[0-9a-f]{{8}}")
+"""a file that was being written when writing was killed"""
 RESERVED = ("row", "pos", "tokens", "lengths")
 SCALE, STATE = ".scale", "state."
 PAGE = 4096
@@ -254,8 +258,9 @@ def open_shard(manifest: Manifest, index: int, folder: Path) -> Shard:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete files that writing left when it was killed."""
-    for path in folder.glob(".*.tmp-*"):
-        path.unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if LEFTOVER.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

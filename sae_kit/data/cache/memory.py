@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
+SPARE = 4
+"""pieces of memory that wait to be used again: what a thread that reads ahead has in hand, and the batch trained on"""
 TABLE_BITS = 14
 """the table of `Places` stays in the first cache of a processor, nearly"""
 
@@ -87,10 +89,11 @@ class Recycled:
         """A tensor of anything; whoever holds it or a part of it, such as a graph of autograd, keeps it as it is."""
         # A tensor over a numpy array holds a reference to it for as long as its storage lives. What else counts one:
         # the list, and the argument of the call that counts.
-        free = (i for i in range(len(self._blocks)) if sys.getrefcount(self._blocks[i]) == 2)
-        index = next(free, None)
-        if index is None:
+        free = [i for i in range(len(self._blocks)) if sys.getrefcount(self._blocks[i]) == 2]
+        for index in reversed(free[SPARE:]):  # many batches were held for a while
+            del self._blocks[index]
+        if not free:
             size = self._shape[0] * self._shape[1] * self._dtype.itemsize
-            index = len(self._blocks)
             self._blocks.append(np.empty(size, dtype=np.uint8))
-        return torch.from_numpy(self._blocks[index]).view(self._dtype).view(self._shape)
+        block = self._blocks[free[0] if free else -1]
+        return torch.from_numpy(block).view(self._dtype).view(self._shape)

@@ -29,6 +29,8 @@ class Cache:
     partial: bool = False
     """whether the provenance lacks what would be needed to compare it with a run's"""
     counters: Mapping[str, int | float] = field(default_factory=dict)
+    digest: str | None = None
+    """16 hex digits of what its files hold, wherever they are; None = not known"""
 
     @property
     def rows(self) -> int:

@@ -6,6 +6,7 @@ gathered from the mapped files by one call for each site (memory.py).
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from sae_kit.data.cache.ordering import NONE, Blocks, Order, Shuffled
 from sae_kit.data.cache.quantize import DTYPES, decode
 from sae_kit.data.cache.saelens import is_saelens_cache, open_saelens_cache
 from sae_kit.data.cache.sharing import locate
+from sae_kit.data.provenance import check_provenance, digest
 from sae_kit.errors import ConfigError, CorruptFileError, DataError, HookNotFoundError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ def open_cache(place: Path | str, *, revision: str | None = None, partial: bool 
         context_size=manifest.context_size,
         provenance=manifest.provenance,
         counters=manifest.counters,
+        digest=digest(shard.sha256 for shard in manifest.shards),
     )
 
 
@@ -108,6 +111,10 @@ class CacheReader(Iterator[dict[str, Tensor]]):
                     f"{site!r} is not in {self.cache.place}.{did_you_mean(site, self.cache.widths)} "
                     f"It holds {', '.join(self.cache.widths)}"
                 )
+        if not self.sites:
+            raise ConfigError(f"expected some of the sites {', '.join(self.cache.widths)}, found none")
+        if epochs is not None and epochs < 1:
+            raise ConfigError(f"cache.epochs: expected at least 1 or None, found {epochs}")
         if batch_tokens < 1 or open_shards < 1:
             raise ConfigError(f"expected batches and open shards of at least 1, found {batch_tokens} and {open_shards}")
         if expected is not None:
@@ -124,8 +131,10 @@ class CacheReader(Iterator[dict[str, Tensor]]):
             site: _Site(self.cache, site, dtype or self.cache.dtypes[site], batch_tokens) for site in self.sites
         }
         self._epoch = self._position = self._dropped_last = 0
+        self._dropped_special = self.cache.rows - self._rows
         self._closed = False
         self._settings = {
+            "cache": self.cache.digest,
             "order": order,
             "seed": seed,
             "rows": self._rows,
@@ -147,7 +156,7 @@ class CacheReader(Iterator[dict[str, Tensor]]):
     def counters(self) -> Mapping[str, int]:
         """Rows of an epoch that are left out by their id, rows of the last incomplete batch, and whole passes."""
         return {
-            "dropped_special": self.cache.rows - self._rows,
+            "dropped_special": self._dropped_special,
             "dropped_last": self._dropped_last,
             "epochs": self._epoch,
         }
@@ -193,6 +202,7 @@ class CacheReader(Iterator[dict[str, Tensor]]):
     def close(self) -> None:
         """Give back the files; the reader is then at its end."""
         self._closed, self._columns = True, {}
+        self.cache = replace(self.cache, shards=())
 
     @property
     def _given(self) -> int:
@@ -216,8 +226,6 @@ class CacheReader(Iterator[dict[str, Tensor]]):
         return available if tokens is None else tokens // self.batch_tokens * self.batch_tokens
 
     def _compare(self, expected: Mapping[str, Any]) -> None:
-        from sae_kit.data.provenance import check_provenance
-
         found = dict(self.cache.provenance)
         if self.cache.partial:
             log.warning("%s does not say which model and text it is from, so that cannot be checked", self.cache.place)

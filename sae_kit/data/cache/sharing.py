@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sae_kit import config as trees
-from sae_kit.data.cache.files import MANIFEST, Manifest, damage, read_manifest
+from sae_kit.data.cache.files import MANIFEST, SHARD, Manifest, damage, read_manifest
 from sae_kit.errors import CorruptFileError, DataError
 
 T = TypeVar("T")
 
 CARD = "README.md"
-SHARD = re.compile(r"r\d\d-\d{6}\.safetensors")
 BEGIN, END = "<!-- sae_kit:begin -->", "<!-- sae_kit:end -->"
 FILES_PER_COMMIT = 50  # about 50 GB: what is pushed before a connection breaks stays pushed
 WAITS = (0.5, 1.0, 2.0)  # seconds before another try, where a server failed

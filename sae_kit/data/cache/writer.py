@@ -7,7 +7,6 @@ was being gathered is lost. A shard that is missing or torn is harvested anew, a
 
 import errno
 import logging
-import re
 import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -23,9 +22,11 @@ from sae_kit._version import __version__
 from sae_kit.data.batch import Harvested, Resumable
 from sae_kit.data.cache.files import (
     FORMAT,
+    LEFTOVER,
     MANIFEST,
     RESERVED,
     SCALE,
+    SHARD,
     STATE,
     Manifest,
     ShardEntry,
@@ -38,6 +39,7 @@ from sae_kit.data.cache.files import (
     write_shard,
 )
 from sae_kit.data.cache.quantize import StoredDtype, bytes_per_row, encode
+from sae_kit.data.provenance import check_provenance
 from sae_kit.errors import ConfigError, DataError, OutputExistsError
 
 log = logging.getLogger(__name__)
@@ -120,11 +122,11 @@ class _Writer:
     def _begun(self) -> Manifest | None:
         """The cache that is in the folder already, if it is the one that is asked for."""
         if not (self._folder / MANIFEST).is_file():
+            if self._folder.exists() and not self._folder.is_dir():
+                raise OutputExistsError(f"{self._folder} is a file: choose another folder")
             if self._folder.is_dir() and any(not _ours(path) for path in self._folder.iterdir()):
                 raise OutputExistsError(f"{self._folder} holds files that are no cache: choose another folder")
             return None
-        from sae_kit.data.provenance import check_provenance
-
         found = read_manifest(self._folder)
         asked = {"tokens": self._tokens, "dtype": self._dtype, "rows_per_shard": self._asked_per_shard}
         differing = [
@@ -160,7 +162,7 @@ class _Writer:
         """Harvest a shard, write it, and then say so in the manifest."""
         columns, ended = self._gather(index)
         manifest = self._manifest
-        if manifest is None:
+        if manifest is None or not (columns or manifest.shards):
             raise DataError(f"the text gives no activation for the cache in {self._folder}")
         shards, counters = list(manifest.shards), dict(self._harvest.counters)
         rows, contexts = (sum(map(len, columns.get(name, ()))) for name in ("row", "tokens"))
@@ -292,4 +294,4 @@ class _Writer:
 
 def _ours(path: Path) -> bool:
     """Whether writing may have left this before there was a manifest."""
-    return re.fullmatch(r"r\d\d-\d{6}\.safetensors|\..*\.tmp-.*", path.name) is not None
+    return bool(SHARD.fullmatch(path.name) or LEFTOVER.fullmatch(path.name))
