@@ -16,7 +16,7 @@ from sae_kit.data.batch import Batch
 from sae_kit.registry import get_architecture
 from sae_kit.sae import SAE
 from sae_kit.seeding import generator
-from sae_kit.training.trainer import SAEInTraining
+from sae_kit.training.part import SAEInTraining
 
 L0 = 60
 """latents that are on in a row of an SAE that has thresholds"""

@@ -27,7 +27,7 @@ from torch import Tensor
 from sae_kit import RunConfig, SAETrainer
 from sae_kit.sae import SAE
 from sae_kit.seeding import generator
-from sae_kit.training.trainer import dead_after
+from sae_kit.training.part import dead_after
 
 D_IN, D_SAE = 64, 512
 N_FEATURES, PROBABILITY = 256, 1 / 32

@@ -14,7 +14,7 @@ from helpers import BATCH, batch, make_sae, relative, run_config
 from torch._dynamo.utils import counters
 
 from sae_kit.sae import SAE
-from sae_kit.training.trainer import SAEInTraining
+from sae_kit.training.part import SAEInTraining
 
 
 def main(backend: str, sparse_below: float, names: list[str]) -> None:

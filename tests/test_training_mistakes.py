@@ -42,7 +42,7 @@ from sae_kit.data.batch import Batch
 from sae_kit.training.dead import DeadLatents
 from sae_kit.training.losses import Pass, training_losses
 from sae_kit.training.optim import OptimConfig
-from sae_kit.training.trainer import SAEInTraining
+from sae_kit.training.part import SAEInTraining
 
 AUX = {"aux_coefficient": 1.0, "aux_k": 8}
 WITH_AUXK = [name for name in TRAINABLE if not refused(name, {"aux_coefficient": 1.0, "pre_act_loss_coefficient": 1.0})]

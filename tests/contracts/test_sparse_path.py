@@ -13,7 +13,7 @@ from sae_kit.ops import SparseCodes
 from sae_kit.sae import SAE
 from sae_kit.training.dead import DeadLatents
 from sae_kit.training.losses import training_losses, training_pass
-from sae_kit.training.trainer import SAEInTraining
+from sae_kit.training.part import SAEInTraining
 
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
 SLICE = 7 * BATCH * 8

@@ -31,8 +31,8 @@ from sae_kit.conversions import to_jumprelu
 from sae_kit.ops import to_dense
 from sae_kit.sae import SAE
 from sae_kit.training.losses import training_pass
+from sae_kit.training.part import SAEInTraining
 from sae_kit.training.schedules import StepValues
-from sae_kit.training.trainer import SAEInTraining
 
 Record = Callable[[str, object], None]
 D_SAE = 48

@@ -12,7 +12,7 @@ import pytest
 from helpers import make_sae, run_config
 
 from sae_kit.errors import ConfigError
-from sae_kit.training.trainer import SAEInTraining
+from sae_kit.training.part import SAEInTraining
 
 TESTS = Path(__file__).parents[1]
 ONE_GRAPH = {"batchtopk", "matryoshka_batchtopk", "topk"}

@@ -21,7 +21,7 @@ from sae_kit.training.init import (
     quantile_levels,
     transcoder_from_mlp,
 )
-from sae_kit.training.trainer import SAEInTraining
+from sae_kit.training.part import SAEInTraining
 
 ROWS = 1_000
 every_geometry = pytest.mark.parametrize("geometry", ["sae", "transcoder", "crosscoder", "clt"])

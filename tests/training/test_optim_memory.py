@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae_kit.training.optim import OptimConfig
-from sae_kit.training.trainer import SAEInTraining
+from sae_kit.training.part import SAEInTraining
 
 
 class Seen(TorchDispatchMode):

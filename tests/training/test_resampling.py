@@ -16,8 +16,8 @@ from sae_kit.errors import ConfigError
 from sae_kit.sae import SAE, Encoding
 from sae_kit.training.callbacks import Callback
 from sae_kit.training.losses import Pass
+from sae_kit.training.part import SAEInTraining
 from sae_kit.training.resampling import ResampleConfig, Resampler, reset_moments
-from sae_kit.training.trainer import SAEInTraining
 
 BATCH = 64
 every_geometry = pytest.mark.parametrize("geometry", ["sae", "skip", "transcoder", "crosscoder", "clt"])

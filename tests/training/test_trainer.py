@@ -21,8 +21,8 @@ from sae_kit.training.callbacks import JSONL, Callback
 from sae_kit.training.dead import DeadLatents
 from sae_kit.training.losses import training_losses, training_pass
 from sae_kit.training.optim import OptimConfig, clip_gradients, clipped_parameters
+from sae_kit.training.part import SAEInTraining, dead_after
 from sae_kit.training.schedules import StepValues
-from sae_kit.training.trainer import SAEInTraining, dead_after
 
 
 def batches(steps: int = 20, seed: int = 0, scale: float = 5.0) -> Iterator[Tensor]:
