@@ -92,7 +92,7 @@ def _until_forwards(store: ActivationsStore, forwards: int, device: torch.device
         end = _fed(store) + forwards * TOKENS_PER_FORWARD
         while _fed(store) < end:
             next(store)
-        store.state_dict()  # halts a thread that works ahead, which would go on in the turns of others
+        store.pause()  # a thread that works ahead would go on in the turns of others
 
     return clock(turn, device)
 

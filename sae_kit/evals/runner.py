@@ -142,13 +142,13 @@ def evaluate(
 ) -> EvalReport:
     """Evaluate SAEs, each at the site that its metadata names and as `to_inference()`, on rows of token ids.
 
-    Positions whose id is in `excluded_ids`, that are outside `seq_slice`, or whose norm is above that of `max_norms` at
-    some site that is read or written, count in no sum and keep the model's own activation in every forward. Of a
-    transcoder everything refers to the site that it writes. An SAE of several sites has its reconstruction for all of
-    them together and, in groups of their own, for each; it cannot be spliced in, so it has no fidelity. Fidelity is
-    measured on the first `fidelity_tokens` of the rows, against an `ablation` that writes "zero" or the "mean"
-    activation. One SAE is called "sae" in the report. The model, the SAEs and the random generators are left as they
-    were.
+    Positions whose id is in `excluded_ids`, that are outside `seq_slice`, or whose norm is above that of `max_norms` (0
+    is no limit) at some site that is read or written, count in no sum and keep the model's own activation in every
+    forward. Of a transcoder everything refers to the site that it writes. An SAE of several sites has its
+    reconstruction for all of them together and, in groups of their own, for each; it cannot be spliced in, so it has no
+    fidelity. Fidelity is measured on the first `fidelity_tokens` of the rows, against an `ablation` that writes "zero"
+    or the "mean" activation. One SAE is called "sae" in the report. The model, the SAEs and the random generators are
+    left as they were.
 
     Raises:
         ConfigError: an unknown metric or ablation, an SAE without a site or something that is no SAE, rows longer than
@@ -200,7 +200,8 @@ class _Pass:
         self._reader, self._subjects, self._filters = reader, subjects, filters
         self._model = reader.model
         self._sites = {site.spelling: site for s in subjects for site in (*s.reads, *s.writes)}
-        self._max_norms = {site: norm for site, norm in max_norms.items() if site in self._sites}
+        # A limit of zero is that of a median of zero, which training takes for none.
+        self._max_norms = {site: norm for site, norm in max_norms.items() if norm > 0 and site in self._sites}
         self._spliced = [s for s in subjects if s.is_spliced]
         self._needs_sequences = any(s.sae.reads_sequences for s in subjects)
         means = {s.place: Moments(s.sae.d_out, s.sae.device) for s in self._spliced}

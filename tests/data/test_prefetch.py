@@ -126,6 +126,22 @@ def test_a_stream_that_has_run_can_be_set_back() -> None:
     prefetch.close()
 
 
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_a_stream_that_has_ended_or_failed_can_be_set_back(ahead: int) -> None:
+    prefetch = Prefetch(Counting(10), ahead)
+    numbers(prefetch, 5)
+    state = copy.deepcopy(prefetch.state_dict())
+    assert numbers(prefetch) == list(range(5, 10))
+    prefetch.load_state_dict(state)
+    assert numbers(prefetch) == list(range(5, 10))
+    failing = Prefetch(Counting(fails_at=7), ahead)
+    numbers(failing, 7)
+    with pytest.raises(ValueError, match="no batch 7"):
+        next(failing)
+    failing.load_state_dict(state)
+    assert numbers(failing, 2) == [5, 6]
+
+
 def test_an_ended_stream_resumes_as_ended() -> None:
     prefetch = Prefetch(Counting(5), 2)
     assert numbers(prefetch) == list(range(5))

@@ -86,6 +86,17 @@ def test_everything_equals_a_brute_force(toy: Toy, name: str, ablation: Any, nar
     assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-9)
 
 
+def test_a_limit_of_zero_is_none_and_one_that_all_exceed_leaves_nothing(toy: Toy) -> None:
+    sae, rows = sae_at("layer", dtype="float64"), predictable(toy, 20, 9)
+    assert evaluate(sae, toy, rows, max_norms={"layer": 0.0}).metrics == evaluate(sae, toy, rows).metrics
+    norms = toy.layer(toy.embed(rows)).detach().norm(dim=-1)
+    shortest = {"layer": float(norms.min()) * (1 + 1e-6)}
+    for size in (1, 20):  # forwards in which nothing is left
+        assert evaluate(sae, toy, rows, max_norms=shortest, rows_per_forward=size).tokens["eligible"] == 1
+    with pytest.raises(DataError, match="expected some token that is not excluded"):
+        evaluate(sae, toy, rows, max_norms={"layer": 1e-9})
+
+
 @pytest.fixture(scope="module")
 def wide_bridge() -> Any:
     """In float64 the model's own rounding, which does depend on the batch, is out of the way."""
