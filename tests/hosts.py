@@ -40,6 +40,9 @@ def plain(family: str) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape), attn_implementation="eager")
+        with torch.no_grad():  # gains of 1 and biases of 0 would hide on which side of them a value is
+            for parameter in (p for p in model.parameters() if p.ndim == 1):
+                parameter += 0.2 * torch.randn_like(parameter)
     return model.eval()
 
 

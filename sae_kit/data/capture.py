@@ -5,6 +5,7 @@ are called is the business of `sae_kit.data.sites`.
 """
 
 import inspect
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,7 +63,8 @@ class Reader:
 def capture(model: nn.Module, sites: Iterable[Spelling | BoundSite], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     """Values at `sites` in `model(*args, **kwargs)`, which is stopped when the last of them has fired.
 
-    Keys are the spellings given; values are [..., width], without gradient. The hooks are removed whatever happens.
+    Keys are the spellings given; values are [..., width], without gradient. The hooks are removed whatever happens, and
+    a forward of the same model in another thread is neither read nor stopped.
 
     Raises:
         HookNotFoundError: see `resolve`; raised before the forward.
@@ -76,10 +78,11 @@ def capture(model: nn.Module, sites: Iterable[Spelling | BoundSite], *args: Any,
         raise ConfigError("expected at least one site to read, found none")
     kwargs = without_cache(model) | kwargs
     values: dict[str, Tensor] = {}
+    thread = threading.get_ident()
 
     def reader(name: str) -> Callable[[Tensor], None]:
         def read(value: Tensor) -> None:
-            if name in values:  # a module that runs twice: its first value
+            if name in values or threading.get_ident() != thread:  # of a module that runs twice: its first value
                 return
             if len(values) + 1 == len(bound):
                 values[name] = value.detach()

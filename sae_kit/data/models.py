@@ -70,6 +70,8 @@ class ModelConfig:
                 "forward_kwargs: output_hidden_states cannot be combined with forwards that stop early; "
                 "name the sites to be read instead"
             )
+        if self.attn_implementation is not None and self.host == "hooked":
+            raise ConfigError('attn_implementation: a HookedTransformer has its own; choose host="hf" or "bridge"')
         own = {"revision", "dtype", "torch_dtype", "attn_implementation", "trust_remote_code", "device_map"}
         if taken := own & self.kwargs.keys():
             raise ConfigError(f"kwargs: {', '.join(sorted(taken))} cannot be given here, but by the fields beside it")
@@ -189,6 +191,8 @@ def _bridge(cfg: ModelConfig, model: Any) -> Any:
         revision=cfg.revision,
         trust_remote_code=cfg.trust_remote_code,
     )
+    if cfg.attn_implementation is not None:  # which TransformerLens has overwritten
+        model.set_attn_implementation(cfg.attn_implementation)
     if cfg.compat is not None:
         bridge.enable_compatibility_mode(**asdict(cfg.compat))
     return bridge

@@ -16,7 +16,7 @@ neither is a module like any other.
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -160,7 +160,7 @@ class BoundSite:
 
             def pre(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 key = None if args else _first_tensor_name(kwargs, self.spelling)
-                replacement = fn(args[0] if key is None else kwargs[key])
+                replacement = fn(_tensor(args[0] if key is None else kwargs[key], self.spelling))
                 if replacement is None:
                     return None
                 return ((replacement, *args[1:]), kwargs) if key is None else (args, {**kwargs, key: replacement})
@@ -170,7 +170,7 @@ class BoundSite:
         def post(_: nn.Module, __: Any, output: Any) -> Any:
             if isinstance(output, Tensor):
                 return fn(output)
-            replacement = fn(output[0])
+            replacement = fn(_first(output, self.spelling))
             if replacement is None:
                 return None
             if not isinstance(output, tuple):
@@ -413,6 +413,18 @@ def _classic(name: str) -> str:
         if _in_block(spelt) == module:
             return spelt.removesuffix(module) + point
     return name
+
+
+def _first(output: Any, spelling: str) -> Tensor:
+    if isinstance(output, Mapping):
+        return _tensor(next(iter(output.values()), None), spelling)
+    return _tensor(output[0] if isinstance(output, tuple | list) and output else output, spelling)
+
+
+def _tensor(value: Any, spelling: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ShapeError(f"expected a tensor at {spelling!r}, found {type(value).__name__}; choose another site")
+    return value
 
 
 def _first_tensor_name(kwargs: dict[str, Any], spelling: str) -> str:

@@ -1,5 +1,6 @@
 """Values are read without changing the model, and the forward stops at the last site that was asked for."""
 
+import threading
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from sae_kit.data.capture import Reader, capture, max_context, site_width
 from sae_kit.data.families import FAMILIES as TABLE
 from sae_kit.data.sites import resolve
-from sae_kit.errors import ConfigError, SiteDidNotFireError
+from sae_kit.errors import ConfigError, ShapeError, SiteDidNotFireError
 
 HOSTS = [(family, kind) for family in FAMILIES for kind in kinds(family)]
 HOSTS += [("gpt2", "folded"), ("llama", "folded"), ("gpt2", "native")]
@@ -88,6 +89,55 @@ def test_a_site_that_never_fires_and_a_model_that_fails_leave_no_hook(family: st
     with pytest.raises(IndexError):
         capture(host, ["blocks.1.hook_resid_pre"], ids() + 1000)
     assert hooks_of(host) == before
+
+
+@every_host
+def test_a_forward_in_another_thread_is_neither_read_nor_stopped(family: str, kind: str) -> None:
+    host, ran = shared(kind, family), []
+    expected = capture(host, NAMES, ids())
+
+    def whole() -> None:
+        ran.append(host(ids(seed=2)))
+
+    def meanwhile(*_: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            other = threading.Thread(target=whole)
+            other.start()
+            other.join()
+
+    handle = blocks_of(host, family)[0].register_forward_pre_hook(meanwhile)
+    found = capture(host, NAMES, ids())
+    handle.remove()
+    assert len(ran) == 1, "the other forward came to its end"
+    for name in NAMES:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+class Giving(nn.Module):
+    """Gives what it was made with."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value, self.inner = value, nn.Identity()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inner(self.value)
+
+
+def test_outputs_of_other_kinds() -> None:
+    x = torch.ones(1, 2, 3)
+    for value in (x, (x, None), [x, 1], {"logits": x, "more": None}):
+        assert torch.equal(capture(Giving(value), ["inner"], x)["inner"], x)
+    for value in (None, (), {}, "text", (None, x), {"logits": None}):
+        with pytest.raises(ShapeError, match=r"expected a tensor at 'inner', found .*; choose another site"):
+            capture(Giving(value), ["inner"], x)
+    with pytest.raises(ShapeError, match=r"expected a tensor at 'inner:in', found NoneType"):
+        capture(Giving(None), ["inner:in"], x)
+    model = Giving({"logits": x})
+    handle = resolve(model, "inner").on_write(torch.zeros_like)
+    with pytest.raises(ShapeError, match=r"'inner' gives a dict: only tensors and tuples can be replaced"):
+        model(x)
+    handle.remove()
 
 
 def test_what_cannot_be_read_is_refused_before_the_forward() -> None:

@@ -139,6 +139,8 @@ def test_arguments_of_from_pretrained_reach_it(folder: Path) -> None:
     assert len(model.model.layers) == 2
     bridge, _ = loaded(folder, host="bridge")
     assert bridge.original_model.config._attn_implementation == "eager"
+    bridge, _ = loaded(folder, host="bridge", attn_implementation="sdpa")
+    assert bridge.original_model.config._attn_implementation == "sdpa"
     assert loaded(folder)[0].config._attn_implementation == "sdpa"
 
 
@@ -209,6 +211,10 @@ def test_a_truncated_model_is_refused(llama_folder: Path, tmp_path: Path) -> Non
         ({"host": "hf", "compat": {"fold_ln": True}}, "model.compat: weights of a plain Hugging Face model are not"),
         ({"forward_kwargs": {"output_hidden_states": True}}, "model.forward_kwargs: output_hidden_states cannot be"),
         ({"kwargs": {"dtype": "float16"}}, "model.kwargs: dtype cannot be given here, but by the fields beside it"),
+        (
+            {"host": "hooked", "attn_implementation": "sdpa"},
+            "model.attn_implementation: a HookedTransformer has its own",
+        ),
         ({"host": "bridges"}, "model.host: expected one of 'auto', 'hf', 'bridge', 'hooked', found 'bridges'"),
         ({"compat": {"fold": True}}, "unknown key 'model.compat.fold'"),
     ],
