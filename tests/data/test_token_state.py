@@ -29,21 +29,23 @@ class Again:
 
 
 class Remembering(Again):
-    """Documents that know where they stand."""
+    """Documents that know where they stand, and hand out and take over their own memory as state."""
 
-    place = 0
+    def __init__(self, documents: list[str]) -> None:
+        super().__init__(documents)
+        self.state = {"place": 0}
 
     def __iter__(self) -> Iterator[str]:
-        while self.place < len(self.documents):
-            self.place += 1
-            yield self.documents[self.place - 1]
-        self.place = 0
+        while self.state["place"] < len(self.documents):
+            self.state["place"] += 1
+            yield self.documents[self.state["place"] - 1]
+        self.state["place"] = 0
 
     def state_dict(self) -> dict[str, int]:
-        return {"place": self.place}
+        return self.state
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.place = state["place"]
+        self.state = state
 
 
 class Endless(Remembering):
@@ -53,8 +55,8 @@ class Endless(Remembering):
         return self
 
     def __next__(self) -> str:
-        self.place += 1
-        return self.documents[(self.place - 1) % len(self.documents)]
+        self.state["place"] += 1
+        return self.documents[(self.state["place"] - 1) % len(self.documents)]
 
 
 def dataset(documents: list[str]) -> Any:
