@@ -13,7 +13,8 @@
     ├── FileFormatError (ValueError)        a file that is not what it says
     │   ├── CorruptFileError                torn, truncated, or inconsistent with its config
     │   └── FormatTooNewError               written by a later sae_kit
-    └── OutputExistsError (FileExistsError) a folder that would have been overwritten
+    ├── OutputExistsError (FileExistsError) a folder that would have been overwritten
+    └── MissingDependencyError (ImportError) a package that is not installed
 
     UserWarning
     └── UnknownScaleWarning                 a scale that a file asks for and does not hold
@@ -86,6 +87,10 @@ class FormatTooNewError(FileFormatError):
 
 class OutputExistsError(SAEKitError, FileExistsError):
     """A folder that would have been overwritten."""
+
+
+class MissingDependencyError(SAEKitError, ImportError):
+    """A package that only this needs is not installed; the message has the line that installs it."""
 
 
 class UnknownScaleWarning(UserWarning):

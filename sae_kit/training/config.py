@@ -17,6 +17,7 @@ from sae_kit.data.models import ModelConfig
 from sae_kit.data.tokens import DataConfig
 from sae_kit.errors import ConfigError
 from sae_kit.sae_config import SAEConfig
+from sae_kit.training.callbacks.early_stop import EarlyStopConfig
 from sae_kit.training.init import InitConfig
 from sae_kit.training.optim import OptimConfig
 from sae_kit.training.resampling import ResampleConfig
@@ -71,6 +72,8 @@ None = 3% on a CPU, else 0.8%"""
 
     compile: str | None = None
     """backend of torch.compile for forward pass and losses, e.g. inductor; None = off"""
+    early_stop: EarlyStopConfig | None = None
+    """stop where a metric no longer improves"""
 
     def __post_init__(self) -> None:
         if self.max_pre_bytes is not None and self.max_pre_bytes < 1:
@@ -119,8 +122,14 @@ class WandbConfig:
     """group of runs"""
     tags: tuple[str, ...] = ()
     """tags"""
+    id: str | None = None
+    """id of the run; None = a new one, or that of the run which is continued"""
+    resume: Literal["allow", "must", "never"] = "allow"
+    """whether a run of this id may, must or must not be there already"""
     mode: Literal["online", "offline", "disabled"] = "online"
     """offline keeps everything in the run folder for `wandb sync`"""
+    artifacts: bool = False
+    """upload the SAEs of each checkpoint and of the end"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,12 +142,18 @@ class LogConfig:
     """a progress bar, or a line per row of metrics where there is no terminal"""
     jsonl: bool = True
     """metrics.jsonl in the run folder"""
+    csv: bool = False
+    """metrics.csv in the run folder"""
+    histograms: bool = False
+    """send firing frequencies and decoder norms of all latents to Weights & Biases with each row"""
     wandb: WandbConfig | None = None
     """send to Weights & Biases"""
 
     def __post_init__(self) -> None:
         if self.every_tokens < 1:
             raise ConfigError(f"every_tokens must be at least 1, found {self.every_tokens}")
+        if self.histograms and self.wandb is None:
+            raise ConfigError("histograms: they are sent to Weights & Biases, so they need a section log.wandb")
 
 
 @dataclass(frozen=True, kw_only=True)

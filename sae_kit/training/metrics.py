@@ -77,6 +77,10 @@ class TrainingMetrics:
         """The firing counts of these latents were set to 0."""
         self._window_counts[latents] = 0
 
+    def density(self) -> Float[Tensor, " n_latents"]:
+        """Share of rows in which each latent fired, over the last full window; before there is one, since the start."""
+        return self._density if self._has_window else self._density_since_window_start()
+
     def _density_since_window_start(self) -> Float[Tensor, " d_sae"]:
         return (self._sae.firing_count - self._window_counts).double() / max(self._window_rows, 1)
 
@@ -88,7 +92,7 @@ class TrainingMetrics:
         fvu = _ratio(sum(errors), sum(totals))
         terms = {f"losses/{name}": value.item() / rows for name, value in self._terms.items()}
         dead = self._dead.mask().sum().item()
-        density = self._density if self._has_window else self._density_since_window_start()
+        density = self.density()
         since = sae.tokens_since_fired
         metrics: dict[str, float | int] = {
             "losses/overall_loss": terms.pop("losses/overall_loss", 0.0),
