@@ -9,7 +9,7 @@ import pytest
 import torch
 from texts import CONTEXT, stream, texts
 
-from sae_kit.data.documents import Documents
+from sae_kit.data.documents import Documents, content, normal
 from sae_kit.data.sources import Source, open_source
 from sae_kit.data.tokens import DataConfig, TokenStream, held_out_rows
 from sae_kit.errors import DataError
@@ -222,6 +222,15 @@ def test_chats_are_written_by_the_template(tokenizer: Any, tmp_path: Path) -> No
         assert rows.take(1).ids.tolist() == [CHAT_IDS[:8]]
         assert "chat" in rows.provenance
         rows.close()
+
+
+def test_what_tables_fill_up_with_is_no_part_of_a_chat(tokenizer: Any) -> None:
+    """Tables give each message the keys of all, and in their own order: the text and the hash stay the same."""
+    filled = [[{"tools": None, **dict(reversed(message.items()))} for message in chat] for chat in CHATS]
+    template = "{% for m in messages %}{{ m.content }}{% if m.tools is defined %} w9 {% endif %} {% endfor %}"
+    expected, found = (stream(tokenizer, chats, chat_kwargs={"chat_template": template}) for chats in (CHATS, filled))
+    assert found.take(9).ids.tolist() == expected.take(9).ids.tolist()
+    assert content(normal(filled[0], "chat")) == content(normal(CHATS[0], "chat"))
 
 
 def test_arguments_reach_the_template(tokenizer: Any) -> None:
