@@ -14,6 +14,7 @@
     │   ├── CorruptFileError                torn, truncated, or inconsistent with its config
     │   └── FormatTooNewError               written by a later sae_kit
     ├── OutputExistsError (FileExistsError) a folder that would have been overwritten
+    ├── DiskFullError (OSError)             no room for what was to be written
     └── MissingDependencyError (ImportError) a package that is not installed
 
     UserWarning
@@ -27,6 +28,7 @@ a file that is not there, ValueError and RuntimeError for calls that only a mist
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -91,6 +93,19 @@ class OutputExistsError(SAEKitError, FileExistsError):
 
 class MissingDependencyError(SAEKitError, ImportError):
     """A package that only this needs is not installed; the message has the line that installs it."""
+
+
+class DiskFullError(SAEKitError, OSError):
+    """No room for what was to be written; nothing of it is left, and what was there before stays."""
+
+    def __init__(self, what: str, folder: object, *, needed: int, free: int) -> None:
+        super().__init__(
+            errno.ENOSPC, f"no room for {what} in {folder}: it needs {needed:,} bytes, and {free:,} are free"
+        )
+        self.needed, self.free = needed, free
+
+    def __str__(self) -> str:  # OSError would begin with the number
+        return str(self.strerror)
 
 
 class UnknownScaleWarning(UserWarning):

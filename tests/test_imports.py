@@ -85,7 +85,7 @@ def test_an_unknown_public_name_is_an_attribute_error() -> None:
 
 # ---- directions ------------------------------------------------------------------------------------------------------
 
-ANYWHERE = {"_version", "arguments", "config", "devices", "errors", "seeding"}
+ANYWHERE = {"_version", "arguments", "atomic", "config", "devices", "errors", "seeding", "states"}
 """leaves that every room may use"""
 ARROWS: dict[str, set[str]] = {
     "hooks": set(),
