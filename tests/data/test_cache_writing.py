@@ -368,7 +368,7 @@ def test_a_disk_that_is_too_small_is_found_at_once(tmp_path: Path, monkeypatch: 
 
     free(20_000)
     harvest = RandomHarvest()
-    with pytest.raises(OSError, match=r"500 activations of \d\d bytes take 0.00 GB, and 0.00 GB are free") as caught:
+    with pytest.raises(OSError, match=r"500 activations of \d\d bytes take 0.0 MB, and 0.0 MB are free") as caught:
         written_by(harvest, tmp_path / "small")
     assert caught.value.errno == errno.ENOSPC
     assert harvest.at == 1
@@ -377,7 +377,7 @@ def test_a_disk_that_is_too_small_is_found_at_once(tmp_path: Path, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         written_by(Stopped(9), tmp_path / "small")
     free(2_000)
-    with pytest.raises(OSError, match=r"\d\d\d activations of \d\d bytes take 0.00 GB"):
+    with pytest.raises(OSError, match=r"\d\d\d activations of \d\d bytes take 0.0 MB"):
         written_by(harvest := RandomHarvest(), tmp_path / "small")
     assert (harvest.at, harvest.loads) == (0, 0)
     free(40_000)

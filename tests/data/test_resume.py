@@ -72,8 +72,10 @@ def test_ten_random_points(llama: nn.Module, tokenizer: Any, sources: tuple[Sour
     make = Make(llama, tokenizer, sources)
     straight = make()
     points = sorted(random.Random(1).sample(range(1, 200), 10))
-    batches = take(straight, points[-1] + FOLLOWING)
-    counters = dict(straight.counters)
+    batches, counters = [], []
+    for _ in range(points[-1] + FOLLOWING):
+        batches.append(next(straight))
+        counters.append(dict(straight.counters))
     straight.close()
     running = make()
     at = 0
@@ -83,10 +85,13 @@ def test_ten_random_points(llama: nn.Module, tokenizer: Any, sources: tuple[Sour
         saved = through_a_file(running.state_dict(), tmp_path / "state.safetensors")
         resumed = make(prefetch=point % 4)
         resumed.load_state_dict(saved)
+        assert resumed.counters == counters[point - 1]
         assert_equal(take(resumed, FOLLOWING), batches[point : point + FOLLOWING])
+        assert resumed.counters == counters[point + FOLLOWING - 1]
         resumed.close()
     running.close()
-    assert counters["dropped_norm"] > 0
+    assert counters[-1]["dropped_norm"] > 0
+    assert counters[-1]["clumping"] > 1
 
 
 def test_while_the_buffer_drains_and_at_the_end(
@@ -96,6 +101,7 @@ def test_while_the_buffer_drains_and_at_the_end(
     make = Make(llama, tokenizer, once)
     batches = take(straight := make(), 1000)
     last = dict(straight.counters)
+    assert last["dropped_last"] > 0
     full = 500 // BATCH
     for point in (len(batches) - full, len(batches) - full // 2, len(batches) - 1, len(batches)):
         running = make()
@@ -103,7 +109,7 @@ def test_while_the_buffer_drains_and_at_the_end(
         resumed = make(prefetch=0)
         resumed.load_state_dict(through_a_file(running.state_dict(), tmp_path / "state.safetensors"))
         assert_equal(take(resumed, 1000), batches[point:])
-        assert resumed.counters["lm_tokens"] == last["lm_tokens"]
+        assert resumed.counters == last
         running.close()
 
 

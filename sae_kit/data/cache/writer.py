@@ -255,8 +255,8 @@ class _Writer:
         if needed > free:
             raise OSError(
                 errno.ENOSPC,
-                f"{rows:,} activations of {bytes_per_row:,.0f} bytes take {needed / 1e9:,.2f} GB, and "
-                f"{free / 1e9:,.2f} GB are free. Write fewer, store int8, or choose another disk",
+                f"{rows:,} activations of {bytes_per_row:,.0f} bytes take {needed / 1e6:,.1f} MB, and "
+                f"{free / 1e6:,.1f} MB are free. Write fewer, store int8, or choose another disk",
                 str(self._folder),
             )
 
