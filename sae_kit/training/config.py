@@ -7,7 +7,7 @@ tree and the sections of the trainer itself.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from sae_kit import config as trees
 from sae_kit.config import Tokens
@@ -23,6 +23,8 @@ from sae_kit.training.optim import OptimConfig
 from sae_kit.training.resampling import ResampleConfig
 from sae_kit.training.schedules import ScheduleConfig
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SAEEntry:
@@ -36,12 +38,20 @@ class SAEEntry:
     """site that is written, if it is another one: the SAE is then a transcoder"""
     lr: float | None = None
     """learning rate of this SAE; None = optim.lr"""
+    optim: dict[str, Any] = field(default_factory=dict)
+    """fields of optim that are others for this SAE"""
+    schedule: dict[str, Any] = field(default_factory=dict)
+    """fields of schedule that are others for this SAE"""
     seed: int | None = None
     """seed of the initial weights; None = from the run's seed"""
     init: InitConfig | None = None
     """fit the start to the first rows; None = as built"""
     resample: ResampleConfig | None = None
     """give dead latents new directions; None = never"""
+
+    def __post_init__(self) -> None:
+        if self.lr is not None and "lr" in self.optim:
+            raise ConfigError("lr and optim.lr are the same field: give one of them")
 
     @property
     def sites(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -58,6 +68,9 @@ class TrainConfig:
     """activation rows to train on"""
     batch_tokens: int = 4096
     """rows in each step of the optimizer"""
+    accumulate: int = 1
+    """passes into which the rows of a step are divided, each with as much less memory; what looks at a whole batch \
+sees that of a pass"""
     device: str = "auto"
     """device of the SAEs; auto = cuda where there is one, else cpu"""
     dead_after_tokens: Tokens | None = None
@@ -72,6 +85,13 @@ None = 3% on a CPU, else 0.8%"""
 
     compile: str | None = None
     """backend of torch.compile for forward pass and losses, e.g. inductor; None = off"""
+    amp: Literal["auto", "bf16", "off"] = "auto"
+    """bf16: products of encoder and decoder in bfloat16, all else in float32; auto = bf16 on a GPU, off on a CPU"""
+    nonfinite: Literal["auto", "stop", "freeze"] = "auto"
+    """when an SAE diverges: stop the run, or freeze the SAE and go on; auto = freeze if there are several"""
+    nonfinite_limit: int = 10
+    """steps in a row with a loss or gradient that is not finite after which an SAE counts as diverged; such steps are \
+skipped"""
     early_stop: EarlyStopConfig | None = None
     """stop where a metric no longer improves"""
 
@@ -82,6 +102,10 @@ None = 3% on a CPU, else 0.8%"""
             raise ConfigError(f"sparse_below must lie between 0 and 1, found {self.sparse_below}")
         if self.batch_tokens < 1:
             raise ConfigError(f"batch_tokens must be at least 1, found {self.batch_tokens}")
+        if not 1 <= self.accumulate <= self.batch_tokens:
+            raise ConfigError(f"accumulate must lie between 1 and batch_tokens, found {self.accumulate}")
+        if self.nonfinite_limit < 1:
+            raise ConfigError(f"nonfinite_limit must be at least 1, found {self.nonfinite_limit}")
         if self.tokens < self.batch_tokens:
             raise ConfigError(f"tokens must be at least one batch of {self.batch_tokens:,}, found {self.tokens:,}")
         if self.density_window_tokens < 1:
@@ -191,7 +215,20 @@ class RunConfig:
         for where, name in [("name", self.name), *(("saes", name) for name in self.saes)]:
             if name is not None and (not name or Path(name).name != name or name == ".." or "\\" in name):
                 raise ConfigError(f"{where}: {name!r} cannot be the name of one folder, which it is to become")
-        self.schedule.build(self.train.tokens)
+        for name in (None, *self.saes):
+            self.optim_of(name)
+            self.schedule_of(name).build(self.train.tokens)
+
+    def optim_of(self, name: str | None) -> OptimConfig:
+        """The optimizer of one SAE; None is that of the run."""
+        entry = None if name is None else self.saes.get(name)
+        own = {} if entry is None else entry.optim if entry.lr is None else {**entry.optim, "lr": entry.lr}
+        return _changed(self.optim, own, f"saes.{name}.optim")
+
+    def schedule_of(self, name: str | None) -> ScheduleConfig:
+        """The schedule of one SAE; None is that of the run."""
+        entry = None if name is None else self.saes.get(name)
+        return _changed(self.schedule, {} if entry is None else entry.schedule, f"saes.{name}.schedule")
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -209,14 +246,28 @@ class RunConfig:
         """Build from plain data, in which the short names of one-SAE runs may stand for paths.
 
         `model` is model.name, `dataset` data.sources, `hook` and `hook_out` those of saes.sae, `sae` saes.sae.sae,
-        `tokens` train.tokens.
+        `tokens` train.tokens. A section `sweep` becomes the entries that it stands for.
 
         Raises:
-            ConfigError: a short name beside the field that it stands for.
+            ConfigError: a short name beside the field that it stands for; a sweep that makes several runs.
         """
         if not isinstance(data, Mapping):
             raise ConfigError(f"{where or 'run'}: expected a mapping, found {data!r}")
+        if "sweep" in data:
+            from sae_kit.training.sweep import expand_sweep
+
+            data, *others = expand_sweep(data)
+            if others:
+                raise ConfigError(
+                    f"sweep: the fields that are swept make {1 + len(others)} runs, and one was expected: "
+                    "sae_kit.training.sweep.train_sweep trains them one after the other"
+                )
         return trees.structure_fields(cls, expand_short_names(data), where)
+
+
+def _changed(section: T, own: Mapping[str, Any], where: str) -> T:
+    """The section with other values of some fields."""
+    return trees.structure(type(section), {**trees.unstructure(section), **own}, where) if own else section
 
 
 SHORT_NAMES: Mapping[str, tuple[str, ...]] = {
