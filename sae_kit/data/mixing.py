@@ -19,8 +19,6 @@ log = logging.getLogger(__name__)
 
 DEVICE_SHARE = 0.3
 """Share of a GPU's memory that a buffer may take before it goes to the host."""
-CONTEXTS = 2**31
-"""Numbers of contexts begin anew after so many, long after all rows of the first have left the buffer."""
 CLUMPED = 16
 """Clumping that is worth a warning: the mean of a batch is as noisy as that of one 16 times smaller."""
 
@@ -181,7 +179,8 @@ class Mixing(Iterator[dict[str, Tensor]]):
             self._pending, contexts = dict(found.rows), (found.kept // context).numpy()
             if self._buffer is None:
                 self._warn_of_clumping(context)
-        self._pending_contexts = ((contexts + self._contexts) % CONTEXTS).astype(np.int32)
+        # Numbers begin anew after 2³², long after the rows of the first contexts have left.
+        self._pending_contexts = (contexts + self._contexts).astype(np.int32)
         self._contexts += new
 
     def _warn_of_clumping(self, context: int) -> None:

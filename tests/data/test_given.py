@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sae_kit import Batch, RunConfig, SAETrainer, TopKSAEConfig
 from sae_kit.data.buffer import BufferConfig
-from sae_kit.data.mixing import CONTEXTS, Mixing
+from sae_kit.data.given import GivenRows
+from sae_kit.data.mixing import Mixing
 from sae_kit.data.store import ActivationsStore
 from sae_kit.errors import ConfigError, DataError
 from sae_kit.metadata import SAEMetadata
@@ -84,6 +85,22 @@ def test_graphs_of_rows_are_not_kept() -> None:
     assert not batch["rows"].requires_grad
 
 
+def test_less_than_a_batch_is_given_on_request_alone() -> None:
+    (batch,) = store(Numbered(10))
+    assert len(batch["rows"]) == 10
+    with pytest.raises(DataError, match="there are 10 activations, fewer than one batch of 16"):
+        next(ActivationsStore.from_rows(Numbered(10), batch_tokens=16))
+
+
+def test_a_state_from_a_file_fills_the_buffer_where_rows_are_made() -> None:
+    cfg = BufferConfig(tokens=200)
+    running = Mixing(GivenRows(Numbered()), cfg, batch_tokens=16)
+    running.fill()
+    elsewhere = Mixing(GivenRows(Numbered()), cfg, batch_tokens=16, device=torch.device("meta"))
+    elsewhere.load_state_dict(running.state_dict())
+    assert elsewhere.peek(3)["rows"].device.type == "meta"
+
+
 def test_inference_mode_may_come_and_go() -> None:
     rows = store(Numbered())
     with torch.inference_mode():
@@ -96,9 +113,9 @@ def test_more_rows_than_numbers_of_32_bits() -> None:
     rows = store(Numbered())
     next(rows)
     assert isinstance(rows.mixed, Mixing)
-    rows.mixed._contexts = CONTEXTS - 10
+    rows.mixed._contexts = 2**31 - 10
     assert sum(len(batch["rows"]) for batch in rows) == 984
-    assert rows.mixed._contexts > CONTEXTS
+    assert rows.mixed._contexts > 2**31
 
 
 @pytest.mark.parametrize(

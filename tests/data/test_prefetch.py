@@ -64,6 +64,17 @@ def test_the_same_batches_in_the_same_order(ahead: int) -> None:
     assert next(prefetch, None) is None
 
 
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_at_the_end_all_that_the_source_has_counted_is_known(ahead: int) -> None:
+    source = Counting(5)
+    prefetch = Prefetch(source, ahead)
+    numbers(prefetch, 5)
+    assert prefetch.counters == {"made": 5}
+    assert next(prefetch, None) is None
+    source.made = 7  # such as rows of a last batch that was not full
+    assert prefetch.counters == {"made": 7}
+
+
 def test_works_in_a_thread_of_its_own_from_the_first_batch_on_and_no_further_than_asked() -> None:
     source = Counting()
     prefetch = Prefetch(source, 3)
