@@ -137,6 +137,8 @@ def test_data_sets_of_something_else_are_refused(tmp_path: Path) -> None:
     columns = {"a": torch.randn(4, 3, 2), "b": torch.randn(4, 5, 2)}
     with pytest.raises(DataError, match=r"expected contexts of one length, found \[3, 5\]"):
         open_cache(saved(tmp_path / "uneven", columns, None))
+    with pytest.raises(DataError, match="is a data set without rows"):
+        open_cache(saved(tmp_path / "empty", {"a": torch.randn(0, 3, 2)}, None))
 
 
 def test_torn_files_are_named(copied: Path) -> None:

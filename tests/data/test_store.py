@@ -209,6 +209,22 @@ def test_a_forward_without_eligible_ids_is_passed_over_and_counted(llama: nn.Mod
     assert rows > 0
 
 
+def test_a_text_that_gave_rows_goes_on_though_a_pass_begins_without(llama: nn.Module, tokenizer: Any) -> None:
+    data = DataConfig(context_size=4, holdout=0.0, exclude=(0, 4), rows_per_forward=2, shuffle=False)
+    documents = ["w1 w1 w1 w1"] * 20 + ["w2 w3 w2 w3"] * 20
+
+    def endless() -> ActivationsStore:
+        return make(llama, tokenizer, documents, data, batch_tokens=8, buffer=BufferConfig(mix="none"))
+
+    running = endless()
+    for _ in range(30):
+        next(running)
+        resumed = endless()
+        resumed.load_state_dict(running.state_dict())
+        assert len(next(resumed)[SITES[0]]) == 8
+    assert running.counters["dropped_special"] > 2 * 20 * 4
+
+
 def test_the_share_and_the_skipped_documents_are_known(llama: nn.Module, tokenizer: Any) -> None:
     store = make(llama, tokenizer, iter([None, *texts(20), ""]), DataConfig(holdout=0.25, context_size=CONTEXT))
     assert [source["holdout"] for source in store.provenance["tokens"]["sources"]] == [0.25]

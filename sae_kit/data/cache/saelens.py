@@ -43,8 +43,10 @@ def open_saelens_cache(folder: Path) -> Cache:
     (context,) = contexts
     shapes |= {IDS: (context,)} if IDS in features else {}
     shards: list[Shard] = []
-    for file in _json(folder / STATE)["_data_files"]:
+    for file in _json(folder / STATE).get("_data_files", ()):
         shards += _shards(folder / Path(file["filename"]).name, shapes, context)
+    if not shards:
+        raise DataError(f"{folder} is a data set without rows")
     sites = [site for site in shapes if site != IDS]
     return Cache(
         place=f"the SAELens cache in {folder}",
