@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sae_kit.atomic import write_text
 from sae_kit.data.batch import State
 from sae_kit.errors import CorruptFileError
 from sae_kit.training.callbacks.base import Callback, Metrics
@@ -94,10 +95,7 @@ class CSV(_Rows):
         if new:
             _, rows = self._table() if self.path.exists() else ([], [])
             self._columns += new
-            text = _csv_lines(self._columns, [*rows, row], header=True)
-            beside = self.path.with_name(f".{self.path.name}.tmp-{os.getpid()}")
-            beside.write_text(text, encoding="utf-8")
-            os.replace(beside, self.path)
+            write_text(self.path, _csv_lines(self._columns, [*rows, row], header=True))
         else:
             _append(self.path, _csv_lines(self._columns, [row]))
 
