@@ -102,12 +102,28 @@ def test_the_median_runs_and_then_stays() -> None:
     assert median.numbers[1] == 50 / fixed
 
 
+def test_the_median_is_of_finite_rows_that_passed() -> None:
+    def kept(*norms: tuple[float, int]) -> int:
+        values = torch.cat([torch.full((number, 1), norm) for norm, number in norms])
+        found = filters.usable({"a": values})
+        return len(values) if found is None else len(found)
+
+    filters = RowFilter(["a"], norm_filter=2.0)
+    assert kept((1.0, 60), (5.0, 40)) == 60
+    assert kept((3.0, 50)) == 0
+    assert (filters.medians, filters.dropped["norm"]) == ({"a": 1}, 90)
+    filters = RowFilter(["a"], norm_filter=2.0)
+    assert kept((1.0, 40), (2.5, 10), (torch.inf, 60), (torch.nan, 5)) == 40
+    assert (filters.medians, filters.dropped["nonfinite"]) == ({"a": 1}, 65)
+
+
 def test_too_many_long_rows_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
     filters = RowFilter(["a"], norm_filter=2.0)
     for seed in range(9):
         values = rows(10_000, seed=seed)
         values[::10] *= 50
         filters.usable({"a": values})
+        assert seed > 6 or not caplog.records, "said before the median is known"
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "of the activations are dropped because their norm is above 2 times the median" in caplog.text
 

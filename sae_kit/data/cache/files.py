@@ -28,7 +28,7 @@ from torch import Tensor
 from sae_kit import config as trees
 from sae_kit.data.batch import State
 from sae_kit.data.cache.quantize import DTYPES, StoredDtype, scales_per_row
-from sae_kit.errors import ConfigError, CorruptFileError, FormatTooNewError
+from sae_kit.errors import ConfigError, CorruptFileError, FormatTooNewError, OutputExistsError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -254,6 +254,32 @@ def open_shard(manifest: Manifest, index: int, folder: Path) -> Shard:
         lengths=None if bool((lengths == manifest.context_size).all()) else lengths,
         first_context=sum(before.contexts for before in manifest.shards[:index]),
     )
+
+
+@contextmanager
+def alone_in(folder: Path) -> Generator[None, None, None]:
+    """No two processes write into a folder at a time; the lock ends with the process, however it ends.
+
+    Raises:
+        OutputExistsError: another process does.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise OutputExistsError(f"another process is writing into {folder}: wait for it, or end it") from error
+    except OSError:
+        pass  # a network disk that has no locks
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def remove_leftovers(folder: Path) -> None:

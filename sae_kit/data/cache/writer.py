@@ -31,6 +31,7 @@ from sae_kit.data.cache.files import (
     Manifest,
     ShardEntry,
     SiteEntry,
+    alone_in,
     damage,
     read_manifest,
     read_state,
@@ -80,7 +81,7 @@ def write_cache(
 
     Raises:
         ConfigError: a cache with other settings is in the folder; all of them are named.
-        OutputExistsError: something else is there.
+        OutputExistsError: something else is there, or another process writes there.
         DataError: the text gives no activation, or values do not fit `dtype`.
         OSError: the disk is, or would become, full. What is written stays; the same call goes on from there.
     """
@@ -97,13 +98,21 @@ class _Writer:
         self._harvest, self._folder, self._tokens = harvest, folder, tokens
         self._dtype: StoredDtype = dtype
         self._asked_per_shard = rows_per_shard
-        self._manifest = self._begun()
+        self._manifest: Manifest | None = None
         self._at = 0
         """shard that the harvest stands before"""
 
     def run(self) -> Manifest:
+        if self._folder.exists() and not self._folder.is_dir():
+            raise OutputExistsError(f"{self._folder} is a file: choose another folder")
         self._folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self._folder)
+        with alone_in(self._folder):
+            self._manifest = self._begun()
+            remove_leftovers(self._folder)
+            return self._go_on()
+
+    def _go_on(self) -> Manifest:
+        """Write what is missing."""
         beginning = self._harvest.state_dict()
         while (index := self._next_shard()) is not None:
             if index != self._at:
@@ -122,9 +131,7 @@ class _Writer:
     def _begun(self) -> Manifest | None:
         """The cache that is in the folder already, if it is the one that is asked for."""
         if not (self._folder / MANIFEST).is_file():
-            if self._folder.exists() and not self._folder.is_dir():
-                raise OutputExistsError(f"{self._folder} is a file: choose another folder")
-            if self._folder.is_dir() and any(not _ours(path) for path in self._folder.iterdir()):
+            if any(not _ours(path) for path in self._folder.iterdir()):
                 raise OutputExistsError(f"{self._folder} holds files that are no cache: choose another folder")
             return None
         found = read_manifest(self._folder)
