@@ -60,13 +60,15 @@ def test_every_row_once_mixed_and_finite() -> None:
 
 @pytest.mark.parametrize("prefetch", [0, 3])
 def test_rows_with_a_state_resume(prefetch: int) -> None:
-    straight = [batch["rows"] for batch in store(Numbered())]
-    running = store(Numbered(), prefetch=prefetch)
+    spoilt = (3, 100, 900)
+    straight = [batch["rows"] for batch in store(Numbered(spoilt=spoilt))]
+    running = store(Numbered(spoilt=spoilt), prefetch=prefetch)
     for _ in range(23):
         next(running)
-    resumed = store(Numbered())
+    resumed = store(Numbered(spoilt=spoilt))
     resumed.load_state_dict(running.state_dict())
     rest = [batch["rows"] for batch in resumed]
+    assert resumed.counters["dropped_nonfinite"] == 3
     assert len(rest) == len(straight) - 23
     assert all(torch.equal(mine, yours) for mine, yours in zip(rest, straight[23:], strict=True))
     running.close()
