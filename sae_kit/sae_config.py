@@ -40,6 +40,10 @@ class Coefficient(NamedTuple):
     value: float
     warm_up: Tokens
 
+    def length(self, name: str, total: int) -> int:
+        """Tokens of the warm-up in a run of `total`; `name` is that of the coefficient."""
+        return trees.resolve_tokens(self.warm_up, total, f"{name.removesuffix('_coefficient')}_warm_up_tokens")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SAEConfig(ABC):
@@ -116,7 +120,12 @@ class SAEConfig(ABC):
         for name, coefficient in self.coefficients().items():
             if not coefficient.value >= 0:
                 raise ConfigError(f"{name} must be at least 0, found {coefficient.value}")
-            trees.resolve_tokens(coefficient.warm_up, 1, f"{name.removesuffix('_coefficient')}_warm_up_tokens")
+            coefficient.length(name, 1)
+        target = self.controlled_l0()
+        if target is not None and not 0 < target <= self.d_sae:
+            raise ConfigError(f"target_l0 must lie between 0 and d_sae = {self.d_sae}, found {target}")
+        if target is not None and not all(coefficient.value > 0 for coefficient in self.coefficients().values()):
+            raise ConfigError(f"target_l0 moves {', '.join(self.coefficients())}, which has to begin above 0")
         if self.dead_after_tokens is not None:
             trees.resolve_tokens(self.dead_after_tokens, 1, "dead_after_tokens")
 
@@ -187,15 +196,18 @@ class SAEConfig(ABC):
     def values(self, tokens: int, total: int) -> dict[str, float]:
         """Coefficients, and whatever else a schedule moves, of the step after `tokens` of a run of `total`."""
         found: dict[str, float] = {}
-        for name, (value, warm_up) in self.coefficients().items():
-            length = trees.resolve_tokens(warm_up, total, f"{name.removesuffix('_coefficient')}_warm_up_tokens")
-            found[name] = value * linear_warm_up(tokens, length)
+        for name, coefficient in self.coefficients().items():
+            found[name] = coefficient.value * linear_warm_up(tokens, coefficient.length(name, total))
         if (annealing := self.penalty_annealing()) is not None:
             found["p"] = annealing.p(tokens, total)
         return found
 
     def penalty_annealing(self) -> PAnnealing | None:
         """How p of the penalty falls, if it does."""
+        return None
+
+    def controlled_l0(self) -> float | None:
+        """The mean L0 to which the coefficients are steered, if they are."""
         return None
 
     def build(self, seed: int = 0) -> "SAE":

@@ -236,16 +236,18 @@ class SAEWeights(nn.Module):
         limit = self.max_pre_bytes or SLICE_BYTES.get(x.device.type, 2**30)
         groups = max(limit // (max(rows, 1) * multiple * x.element_size()), 1)
         width = math.ceil(self.d_sae / multiple / math.ceil(self.d_sae / multiple / groups)) * multiple
-        memory = x.new_empty(rows * width)
+        amp = torch.is_autocast_enabled(x.device.type)  # products into given memory are none of those that it changes
+        dtype = torch.get_autocast_dtype(x.device.type) if amp else x.dtype
+        memory = x.new_empty(rows * width, dtype=dtype)
         scratch = None if factor is None else factor.new_empty(rows * width)
         for layer in range(geometry.layers):
-            read, W_enc = geometry.read(x.detach(), layer), geometry.encoder(self.W_enc.detach(), layer)
+            read, W_enc = geometry.read(x.detach(), layer).to(dtype), geometry.encoder(self.W_enc.detach(), layer)
             for start in range(0, self.d_sae, width):
                 weights, first = W_enc[:, start : start + width], layer * self.d_sae + start
                 number = weights.shape[1]
                 own = slice(first, first + number)
                 pre = memory[: rows * number].view(rows, number)
-                torch.addmm(bias[own], read, weights, out=pre)
+                torch.addmm(bias[own].to(dtype), read, weights.to(dtype), out=pre)
                 ranked = pre
                 if factor is not None and scratch is not None:
                     ranked = torch.mul(pre, factor[own], out=scratch[: pre.numel()].view_as(pre))
@@ -258,7 +260,7 @@ class SAEWeights(nn.Module):
         if geometry.cross_layer:
             source = source * geometry.layers + layout.indices // self.d_sae
         values = ops.encode(
-            picked.values.reshape(-1),
+            picked.values.reshape(-1).to(self.dtype),
             geometry.sources(x),
             geometry.encoder_rows(self.W_enc),
             bias.flatten(),

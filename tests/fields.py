@@ -12,7 +12,6 @@ from sae_kit import SAEMetadata, list_architectures
 from sae_kit.annealing import KAnnealing, PAnnealing
 from sae_kit.sae_config import SAEConfig
 
-QUADRATIC = {"jumprelu_sparsity_loss_mode": "quadratic"}
 SOME_DEAD = {"dead_after_tokens": 1, "aux_coefficient": 0.5}
 OTHER: Mapping[str, Mapping[str, Any]] = {
     # what is read and written
@@ -42,7 +41,7 @@ OTHER: Mapping[str, Mapping[str, Any]] = {
     "jumprelu_init_threshold": {"jumprelu_init_threshold": 0.3},
     "jumprelu_bandwidth": {"jumprelu_bandwidth": 0.5},
     "jumprelu_sparsity_loss_mode": {"jumprelu_sparsity_loss_mode": "tanh"},
-    "target_l0": QUADRATIC | {"target_l0": 6.0},
+    "target_l0": {"target_l0": 6.0},
     "jumprelu_tanh_scale": {"jumprelu_sparsity_loss_mode": "tanh", "jumprelu_tanh_scale": 1.0},
     "frequency_scale": {"jumprelu_sparsity_loss_mode": "tanh_quad", "frequency_scale": 0.5},
     "jumprelu_ste_to_input": {"jumprelu_init_threshold": 0.2, "jumprelu_bandwidth": 0.5, "jumprelu_ste_to_input": True},

@@ -26,6 +26,8 @@ class GatedSAEConfig(SAEConfig):
     """weight of the penalty on the gate"""
     l1_warm_up_tokens: Tokens = training_only(0)
     """the penalty grows linearly over so many tokens"""
+    target_l0: float | None = training_only(None)
+    """after the warm-up, move the coefficient until the mean L0 is this; None = it stays"""
     detach_aux_decoder: bool = training_only(True)
     """the gate's own reconstruction sees a frozen copy of the decoder, as in the paper"""
     decoder_norm_constraint: Literal["free", "unit"] = training_only("unit")
@@ -35,6 +37,9 @@ class GatedSAEConfig(SAEConfig):
 
     def coefficients(self) -> dict[str, Coefficient]:
         return {"l1_coefficient": Coefficient(self.l1_coefficient, self.l1_warm_up_tokens)}
+
+    def controlled_l0(self) -> float | None:
+        return self.target_l0
 
     def penalty_annealing(self) -> PAnnealing | None:
         return self.p_annealing

@@ -37,7 +37,7 @@ class JumpReLUSAEConfig(SAEConfig):
     l0_warm_up_tokens: Tokens = training_only(0)
     """the weight grows linearly over so many tokens"""
     target_l0: float | None = training_only(None)
-    """wanted mean L0, for the quadratic mode"""
+    """wanted mean L0: of the quadratic loss; with step and tanh the weight is moved until it is reached"""
     jumprelu_tanh_scale: float = training_only(4.0)
     """stretch of the tanh"""
     frequency_scale: float = training_only(0.01)
@@ -57,17 +57,19 @@ class JumpReLUSAEConfig(SAEConfig):
             raise ConfigError("frequency_scale and jumprelu_tanh_scale must be positive")
         if self.threshold_lr_factor < 0:
             raise ConfigError(f"threshold_lr_factor must be at least 0, found {self.threshold_lr_factor}")
-        quadratic = self.jumprelu_sparsity_loss_mode == "quadratic"
-        if quadratic and not (self.target_l0 and 0 < self.target_l0 <= self.d_sae):
+        mode = self.jumprelu_sparsity_loss_mode
+        if mode == "quadratic" and not (self.target_l0 and 0 < self.target_l0 <= self.d_sae):
             raise ConfigError(f"the quadratic mode needs a target_l0 in (0, {self.d_sae}], found {self.target_l0}")
-        if self.target_l0 is not None and not quadratic:
+        if mode == "tanh_quad" and self.target_l0 is not None:
             raise ConfigError(
-                f"target_l0 is used by the quadratic mode alone, found jumprelu_sparsity_loss_mode="
-                f"{self.jumprelu_sparsity_loss_mode!r}: set it to 'quadratic' or leave target_l0 out"
+                f"target_l0 has no meaning with jumprelu_sparsity_loss_mode={mode!r}: leave it out, or choose another"
             )
 
     def coefficients(self) -> dict[str, Coefficient]:
         return {"l0_coefficient": Coefficient(self.l0_coefficient, self.l0_warm_up_tokens)}
+
+    def controlled_l0(self) -> float | None:
+        return None if self.jumprelu_sparsity_loss_mode == "quadratic" else self.target_l0
 
 
 @register("jumprelu", JumpReLUSAEConfig)
@@ -114,8 +116,11 @@ class JumpReLUSAE(SAE):
         if cfg.jumprelu_sparsity_loss_mode in ("step", "quadratic"):
             assert encoding.pre is not None
             l0 = ops.row_sums(ops.with_values(encoding.pre, self._of_step(_Step, encoding.pre)))
-            target = cfg.target_l0
-            term = l0.mean() if target is None else 2 / target * (l0 - target).square().mean()
+            if cfg.jumprelu_sparsity_loss_mode == "step":
+                term = l0.mean()
+            else:
+                assert cfg.target_l0 is not None
+                term = 2 / cfg.target_l0 * (l0 - cfg.target_l0).square().mean()
         else:
             lengths = ops.scale(encoding.codes, self.decoder_norms())
             stretched = ops.with_values(lengths, torch.tanh(cfg.jumprelu_tanh_scale * ops.values_of(lengths)))

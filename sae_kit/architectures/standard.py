@@ -32,6 +32,8 @@ class StandardSAEConfig(SAEConfig):
     """p of the penalty; 1 is the usual L1"""
     l1_warm_up_tokens: Tokens = training_only(0)
     """the penalty grows linearly over so many tokens"""
+    target_l0: float | None = training_only(None)
+    """after the warm-up, move the coefficient until the mean L0 is this; None = it stays"""
     p_annealing: PAnnealing | None = training_only(None)
     """let p fall in the course of the run; None = p stays at lp_norm"""
 
@@ -44,6 +46,9 @@ class StandardSAEConfig(SAEConfig):
 
     def coefficients(self) -> dict[str, Coefficient]:
         return {"l1_coefficient": Coefficient(self.l1_coefficient, self.l1_warm_up_tokens)}
+
+    def controlled_l0(self) -> float | None:
+        return self.target_l0
 
     def penalty_annealing(self) -> PAnnealing | None:
         return self.p_annealing

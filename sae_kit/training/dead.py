@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from sae_kit.data.batch import State
 from sae_kit.ops import Codes, firing_counts
 from sae_kit.sae import SAE
 
@@ -42,3 +43,12 @@ class DeadLatents:
     def mask(self) -> Bool[Tensor, " n_latents"]:
         """Which latents are dead now."""
         return self._sae.tokens_since_fired >= self.after
+
+    def state_dict(self) -> State:
+        """Where the list stands; the counters are the SAE's own."""
+        return {"candidates": self.candidates, "next_refresh": self._next_refresh}
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from there."""
+        self.candidates = state["candidates"].to(self._sae.device, copy=True)
+        self._next_refresh = int(state["next_refresh"])

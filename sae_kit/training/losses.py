@@ -37,19 +37,45 @@ class Losses(NamedTuple):
     """by name, each with its coefficient; parts that are logged beside the reconstruction among them"""
 
 
-def training_pass(sae: SAE, batch: Batch, values: Mapping[str, float]) -> Pass:
-    """Normalise, encode by the rule of training, and reconstruct raw rows."""
+def training_pass(sae: SAE, batch: Batch, values: Mapping[str, float], *, amp: bool = False) -> Pass:
+    """Normalise, encode by the rule of training, and reconstruct raw rows.
+
+    With `amp` the products of encoder and decoder are of bfloat16; what they give is float32 again.
+    """
     x, scale, shift = sae.norm_in.normalize(batch.x.to(sae.dtype))
     y = x if batch.y is batch.x and sae.geometry.same_site else sae.norm_target(batch.y.to(sae.dtype))
-    encoding = sae.training_encoding(x, values)
-    if encoding.extra is None:
-        encoding = encoding._replace(extra=sae.extra_output(x))
-    y_hat = sae.reconstruct(encoding.codes)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+        encoding = sae.training_encoding(x, values)
+        if encoding.extra is None:
+            encoding = encoding._replace(extra=sae.extra_output(x))
+        y_hat = sae.reconstruct(encoding.codes)
+    if amp:
+        encoding, y_hat = widened(encoding, sae.dtype), y_hat.to(sae.dtype)
     return Pass(x, y, encoding, y_hat if encoding.extra is None else y_hat + encoding.extra, scale, shift)
 
 
-def training_losses(sae: SAE, run: Pass, values: Mapping[str, float], dead: DeadLatents) -> Losses:
-    """All loss terms of a pass; `values` are coefficients and schedules, `dead` has observed its codes already."""
+def widened(encoding: Encoding, dtype: torch.dtype) -> Encoding:
+    """The encoding in the precision of losses."""
+    codes, pre = (
+        None if each is None else ops.with_values(each, ops.values_of(each).to(dtype))
+        for each in (encoding.codes, encoding.pre)
+    )
+    assert codes is not None
+    extra = None if encoding.extra is None else encoding.extra.to(dtype)
+    return encoding._replace(codes=codes, pre=pre, extra=extra)
+
+
+def training_losses(
+    sae: SAE,
+    run: Pass,
+    values: Mapping[str, float],
+    dead: DeadLatents,
+    penalty_factor: Float[Tensor, ""] | None = None,
+) -> Losses:
+    """All loss terms of a pass; `values` are coefficients and schedules, `dead` has observed its codes already.
+
+    `penalty_factor` multiplies the terms that have a coefficient in `values`.
+    """
     cfg = sae.cfg
     objective, parts = sae.reconstruction_loss(run.encoding, run.y, run.y_hat)
     unit = None
@@ -60,6 +86,9 @@ def training_losses(sae: SAE, run: Pass, values: Mapping[str, float], dead: Dead
     terms = {"mse_loss": squared_error(run.y_hat, run.y), **parts}
     terms = terms if unit is None else {name: term / unit for name, term in terms.items()}
     own = sae.sparsity_losses(run.encoding, run.y, values)
+    if penalty_factor is not None:
+        for name in penalty_names(sae):
+            own[name] = own[name] * penalty_factor.to(own[name].dtype)
     if cfg.aux_coefficient and len(dead.candidates):
         aux_k = cfg.aux_k or max(sae.d_out // 2, 1)
         tasks = sae.auxiliary_tasks(run.encoding, run.y, run.y_hat, dead.candidates)
@@ -71,6 +100,11 @@ def training_losses(sae: SAE, run: Pass, values: Mapping[str, float], dead: Dead
     if cfg.pre_act_loss_coefficient is not None:
         own["pre_act_loss"] = cfg.pre_act_loss_coefficient * pre_act_loss(sae, run.encoding, dead)
     return Losses(torch.stack([objective, *own.values()]).sum(), terms | own)
+
+
+def penalty_names(sae: SAE) -> list[str]:
+    """Loss terms that have a coefficient: `l1_coefficient` is that of `l1_loss`."""
+    return [f"{name.removesuffix('_coefficient')}_loss" for name in sae.cfg.coefficients()]
 
 
 def auxk_loss(sae: SAE, run: Pass, task: AuxiliaryTask, dead: DeadLatents, aux_k: int) -> Float[Tensor, ""]:

@@ -6,13 +6,14 @@ is read twice, and only as many are kept as latents can be dead.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_kit.config import Tokens, resolve_tokens
+from sae_kit.data.batch import State
 from sae_kit.errors import ConfigError
 from sae_kit.geometry import SMALLEST_NORM
 from sae_kit.ops import widen
@@ -174,12 +175,12 @@ class Resampler:
             decoder = geometry.decoder(sae.W_dec, layer)
             decoder[own] = (written * factor[:, None]).to(decoder.dtype)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Numbers and tensors from which `load_state_dict` goes on."""
         names = ("done", "resampled", "keys", "x", "residual")
         return {name: getattr(self, name) for name in names}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Go on from a `state_dict` of the same SAE."""
         for name in ("done", "resampled"):
             setattr(self, name, int(state[name]))
@@ -206,13 +207,13 @@ def reset_moments(
             for key, moment in optimizer.state.get(parameter, {}).items():
                 if not isinstance(moment, Tensor) or moment.shape != parameter.shape:
                     continue  # the number of steps
-                rows = _latents_first(sae, name, moment, layer)
+                rows = latents_first(sae, name, moment, layer)
                 if rows is not None:
                     mean = second == "alive_mean" and key in SECOND_MOMENTS and living.any()
                     rows[own] = rows[living].mean(dim=0) if mean else 0.0
 
 
-def _latents_first(sae: SAE, name: str, tensor: Tensor, layer: int) -> Tensor | None:
+def latents_first(sae: SAE, name: str, tensor: Tensor, layer: int) -> Tensor | None:
     """A view [d_sae, ...] of the latents of a block in a tensor shaped like this parameter; None if it has none."""
     several = sae.geometry.cross_layer
     if name == "W_enc":

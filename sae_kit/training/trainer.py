@@ -8,17 +8,19 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from sae_kit.data.batch import Batch
+from sae_kit.data.batch import Batch, State
 from sae_kit.devices import pick_device
 from sae_kit.errors import ConfigError, DataError, NonFiniteError, ShapeError
 from sae_kit.sae import SAE
 from sae_kit.training.callbacks import Callback, Callbacks, Console
 from sae_kit.training.config import RunConfig
-from sae_kit.training.part import SAEInTraining
+from sae_kit.training.optim import OptimizerFactory
+from sae_kit.training.part import OwnLoss, SAEInTraining
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,10 @@ class TrainingResult:
     """of this fit, from its first row asked for to its last step; evaluation left out"""
     metrics: dict[str, float | int]
     """the last row that was logged"""
+    status: dict[str, Literal["trained", "failed"]]
+    """of each SAE; one that failed has the weights that were finite last"""
+    stopped: str | None = None
+    """why a callback ended it before its time"""
 
 
 class SAETrainer:
@@ -47,8 +53,13 @@ class SAETrainer:
 
     `batches` yields tensors [batch, *in_shape], mappings from site to [batch, width] (each SAE takes the sites of its
     entry, or those in its metadata), or `Batch(x, y)`. `evaluate` is called after the last step, and
-    what it returns is handed to the callbacks. Of `cfg` only saes, optim, schedule, train, log and
+    what it returns is handed to the callbacks. `optimizer` makes another optimizer than `cfg` says, of the parameter
+    groups of each SAE, and `loss` adds terms of your own: fn(sae, batch, run) -> {name: scalar}, where `batch` holds
+    raw rows and `run` what a pass made of them. Of `cfg` only saes, optim, schedule, train, log and
     buffer.norm_estimate_tokens are read here.
+
+    `state_dict()`, the tensors of the SAEs and the state of the batches are together all that a run is: new objects
+    that are given them go on bit for bit.
     """
 
     def __init__(
@@ -59,6 +70,8 @@ class SAETrainer:
         *,
         callbacks: Sequence[Callback] | None = None,
         evaluate: Callable[[], Mapping[str, float | None]] | None = None,
+        optimizer: OptimizerFactory | None = None,
+        loss: OwnLoss | None = None,
     ) -> None:
         self.cfg = cfg
         self.saes: dict[str, SAE] = {"sae": saes} if isinstance(saes, SAE) else dict(saes)
@@ -69,17 +82,19 @@ class SAETrainer:
         self.total_tokens = cfg.train.tokens // cfg.train.batch_tokens * cfg.train.batch_tokens
         self.callbacks = Callbacks([Console()] if callbacks is None and cfg.log.console else list(callbacks or ()))
         self._batches = batches
-        self._schedule = cfg.schedule.build(cfg.train.tokens)
         device = pick_device(cfg.train.device, "train.device")
         self._evaluate = evaluate
         self._sites = {
             name: cfg.saes[name].sites if name in cfg.saes else sae.cfg.metadata.sites
             for name, sae in self.saes.items()
         }
-        self.in_training = {name: SAEInTraining(cfg, name, sae.to(device)) for name, sae in self.saes.items()}
+        self.in_training = {
+            name: SAEInTraining(cfg, name, sae.to(device), optimizer=optimizer, loss=loss)
+            for name, sae in self.saes.items()
+        }
 
     def fit(self) -> TrainingResult:
-        """Train until `train.tokens` or the end of the batches, whichever comes first.
+        """Train until `train.tokens`, the end of the batches, or `callbacks.stop`, whichever comes first.
 
         Raises:
             DataError: no batch came at all. ShapeError: rows of another width. NonFiniteError: training diverged.
@@ -87,25 +102,25 @@ class SAETrainer:
         last: dict[str, float | int] = {}
         started = logged = time.perf_counter()  # filling the buffer is part of the work
         before = tokens_logged = self.tokens
+        every = self.cfg.log.every_tokens
         try:
             self.callbacks.call("on_start", self)
             stream = self._with_statistics()
-            while self.tokens < self.total_tokens:
+            while self.tokens < self.total_tokens and self.callbacks.stop_reason is None:
                 item = next(stream, None)
                 if item is None:
                     log.warning("the data ended after %s of %s tokens", f"{self.tokens:,}", f"{self.total_tokens:,}")
                     break
+                self.callbacks.call("on_step_start", self)
                 rows = self.step(item)
-                ended = self.tokens >= self.total_tokens
-                if (
-                    ended
-                    or self.tokens // self.cfg.log.every_tokens > (self.tokens - rows) // self.cfg.log.every_tokens
-                ):
+                if self.tokens >= self.total_tokens or self.tokens // every > (self.tokens - rows) // every:
                     last = self._metrics()
                     now = time.perf_counter()
                     last["perf/tokens_per_second"] = (self.tokens - tokens_logged) / (now - logged)
                     logged, tokens_logged = now, self.tokens
+                    last |= {name: value for name, value in self.callbacks.metrics(self).items() if value is not None}
                     self.callbacks.call("on_log", self, last)
+                    self._stop_diverged()
                 self.callbacks.call("on_step_end", self)
             seconds = time.perf_counter() - started
             if self.steps == 0:
@@ -113,20 +128,60 @@ class SAETrainer:
             if self._evaluate is not None:
                 self.callbacks.call("on_eval", self, self._evaluate())
             self.callbacks.call("on_end", self)
+        except BaseException as error:
+            self.callbacks.call("on_exception", self, error)
+            raise
         finally:
             self.callbacks.close()
-        return TrainingResult(self.saes, self.tokens, self.steps, (self.tokens - before) / seconds, last)
+        return TrainingResult(
+            self.saes,
+            self.tokens,
+            self.steps,
+            (self.tokens - before) / seconds,
+            last,
+            {name: "failed" if part.failed else "trained" for name, part in self.in_training.items()},
+            self.callbacks.stop_reason,
+        )
 
     def step(self, item: Item) -> int:
-        """One optimizer step of every SAE on one batch; returns its number of rows."""
+        """One optimizer step of every SAE on one batch; returns its number of rows.
+
+        The event `on_gradients` comes once for each SAE: the one that has gradients then.
+        """
         rows = 0
         for name, part in self.in_training.items():
             batch = self._batch(item, name, part.sae)
             rows = len(batch.x)
-            part.step(batch, self.tokens, self._schedule.factor(self.tokens, rows))
+            if not part.failed:
+                part.step(batch, self.tokens, on_gradients=lambda: self.callbacks.call("on_gradients", self))
         self.steps += 1
         self.tokens += rows
         return rows
+
+    def state_dict(self) -> State:
+        """What the trainer needs to go on after this step, as JSON values and tensors."""
+        return {
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "saes": {name: part.state_dict() for name, part in self.in_training.items()},
+            "callbacks": self.callbacks.state_dict(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from there, with the SAEs and the batches as they were then.
+
+        Raises:
+            ConfigError: the state is of other SAEs, or of others of their settings.
+        """
+        if state["saes"].keys() != self.in_training.keys():
+            raise ConfigError(f"the state is of SAEs {', '.join(state['saes'])}, found {', '.join(self.in_training)}")
+        for name, part in self.in_training.items():
+            try:
+                part.load_state_dict(state["saes"][name])
+            except ConfigError as error:
+                raise ConfigError(f"SAE {name!r}: {error}") from error
+        self.steps, self.tokens = int(state["steps"]), int(state["tokens"])
+        self.callbacks.load_state_dict(state["callbacks"])
 
     def _batch(self, item: Item, name: str, sae: SAE) -> Batch:
         """What this SAE reads and is to reproduce, on its device."""
@@ -181,19 +236,33 @@ class SAETrainer:
         return stream
 
     def _metrics(self) -> dict[str, float | int]:
-        """One row; with several SAEs each name is prefixed by the SAE's."""
+        """One row; with several SAEs each name is prefixed by the SAE's. Those that failed are left out."""
         row: dict[str, float | int] = {"details/n_training_samples": self.tokens}
         row |= {f"data/{name}": count for name, count in getattr(self._batches, "counters", {}).items()}
         for name, part in self.in_training.items():
-            metrics = part.metrics.take() | part.details
-            if not metrics["losses/overall_loss"] < float("inf"):
-                raise NonFiniteError(
-                    f"SAE {name!r} diverged: its loss became {metrics['losses/overall_loss']} within the "
-                    f"{self.steps:,} steps ({self.tokens:,} tokens) so far. A lower optim.lr or a longer warm-up "
-                    "usually helps"
-                )
-            row |= {key if len(self.in_training) == 1 else f"{name}/{key}": value for key, value in metrics.items()}
+            prefix = "" if len(self.in_training) == 1 else f"{name}/"
+            if not part.failed:
+                row |= {f"{prefix}{key}": value for key, value in part.row().items()}
         return row
+
+    def _stop_diverged(self) -> None:
+        """Freeze SAEs whose last steps were all skipped.
+
+        Raises:
+            NonFiniteError: none is left, or the run is to stop.
+        """
+        stop = self.cfg.train.nonfinite == "stop" or (self.cfg.train.nonfinite == "auto" and len(self.in_training) == 1)
+        for name, part in self.in_training.items():
+            if part.failed or not part.health.diverged:
+                continue
+            part.failed = True
+            message = (
+                f"SAE {name!r} diverged by step {self.steps:,} ({self.tokens:,} tokens): {part.health.report()}. "
+                "A lower optim.lr or a longer warm-up usually helps"
+            )
+            if stop or all(other.failed for other in self.in_training.values()):
+                raise NonFiniteError(message)
+            log.warning("%s. It is frozen with its last finite weights; the others go on", message)
 
 
 def _first(stream: Iterator[Item], rows: int) -> list[Item]:

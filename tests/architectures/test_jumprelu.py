@@ -121,7 +121,7 @@ def test_sparsity_losses(mode: str, fields: dict[str, Any]) -> None:
 def test_impossible_configs() -> None:
     with pytest.raises(ConfigError, match=r"quadratic mode needs a target_l0 in \(0, 96\], found None"):
         make_config("jumprelu", jumprelu_sparsity_loss_mode="quadratic")
-    with pytest.raises(ConfigError, match="target_l0 is used by the quadratic mode alone"):
-        make_config("jumprelu", target_l0=10.0)
+    with pytest.raises(ConfigError, match="target_l0 has no meaning with jumprelu_sparsity_loss_mode='tanh_quad'"):
+        make_config("jumprelu", jumprelu_sparsity_loss_mode="tanh_quad", target_l0=10.0)
     with pytest.raises(ConfigError, match="jumprelu_bandwidth must be positive"):
         JumpReLUSAEConfig(d_in=2, d_sae=4, jumprelu_bandwidth=0.0)

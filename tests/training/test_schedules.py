@@ -1,5 +1,7 @@
 """Learning rates in tokens: ends, warm-up, parts of length zero."""
 
+from itertools import pairwise
+
 import pytest
 
 from sae_kit import TopKSAEConfig
@@ -46,7 +48,23 @@ def test_decay_follows_the_main_part() -> None:
     assert deeper[-1] == pytest.approx(0.2 + 0.3 * BATCH / 100)
 
 
-@pytest.mark.parametrize("name", ["wsd", "constant", "cosine", "linear"])
+def test_an_exponential_falls_by_equal_factors() -> None:
+    found = factors(name="exponential", warm_up_tokens=0, end_ratio=0.04)
+    assert (found[0], found[50]) == (1.0, pytest.approx(0.2))
+    assert found[-1] == pytest.approx(0.04 ** (1 - BATCH / TOTAL))
+    assert [after / before for before, after in pairwise(found)] == pytest.approx([found[1]] * 99)
+
+
+def test_a_cosine_restarts_but_not_at_its_end() -> None:
+    found = factors(name="cosine_restarts", cycles=4, warm_up_tokens=0, decay_tokens=200, end_ratio=0.2)
+    assert [found[t] for t in (0, 20, 40, 60)] == pytest.approx([1.0] * 4)
+    assert [found[t] for t in (10, 30, 50, 70)] == pytest.approx([0.6] * 4)
+    assert found[79] == pytest.approx(0.2, abs=0.01)
+    assert found[80] == pytest.approx(0.2), "the decay follows the end of the last cycle"
+    assert factors(name="cosine_restarts", end_ratio=0.2) == factors(name="cosine", end_ratio=0.2)
+
+
+@pytest.mark.parametrize("name", ["wsd", "constant", "cosine", "linear", "exponential", "cosine_restarts"])
 @pytest.mark.parametrize(("warm_up", "decay"), [(0, 0), (1000, 0), (0, 1000), (500, 500), (1, 1)])
 def test_any_lengths_work(name: str, warm_up: int, decay: int) -> None:
     found = factors(name=name, warm_up_tokens=warm_up, decay_tokens=decay)
@@ -65,6 +83,15 @@ def test_parts_must_fit() -> None:
 def test_a_field_without_effect_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"end_ratio has no meaning in the {name} schedule"):
         factors(name=name, end_ratio=0.1)
+
+
+def test_cycles_are_of_restarts_alone() -> None:
+    with pytest.raises(ConfigError, match="cycles has no meaning in the cosine schedule: choose cosine_restarts"):
+        factors(name="cosine", cycles=2)
+    with pytest.raises(ConfigError, match="cycles must be at least 1, found 0"):
+        factors(name="cosine_restarts", cycles=0)
+    with pytest.raises(ConfigError, match="an exponential never comes to 0"):
+        factors(name="exponential", end_ratio=0.0)
 
 
 def test_ratios_are_shares() -> None:
