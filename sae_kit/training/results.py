@@ -19,7 +19,7 @@ from sae_kit.errors import ConfigError, CorruptFileError, MissingDependencyError
 from sae_kit.registry import list_architectures
 
 RESULTS = "results.json"
-FINISHED = "finished"
+TRAINED, FAILED = "trained", "failed"
 NOT_COMPARED = ("saes", "name", "out", "log", "eval", "checkpoint")
 """sections of a run that do not change what is trained"""
 L0, EV, CE = (
@@ -54,9 +54,9 @@ def write_results(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> Non
     """Write `results.json` and `results.csv` of a run.
 
     `results` has for each SAE `config` (its entry), `tokens`, `tokens_per_second`, `dead_fraction`, `evals` (group ->
-    key -> value, or None) and, unless it is finished, `status`; what else is there is kept in the JSON.
+    key -> value, or None) and, unless it was trained to its end, `status`; what else is there is kept in the JSON.
     """
-    rows = {name: {"status": FINISHED, **result} for name, result in results.items()}
+    rows = {name: {"status": TRAINED, **result} for name, result in results.items()}
     write_json(folder / RESULTS, rows)
     write_text(folder / "results.csv", as_csv(_comparison([(folder.name, rows, {})])))
 
@@ -125,14 +125,14 @@ def show(comparison: Comparison, console: Any = None) -> None:
     wanted = {"run": "run"} if several else {}
     wanted |= {"sae": "SAE", "status": "status", **{path: path.removeprefix("sae.") for path in comparison.fields}}
     wanted |= {name: label for name, label in SHOWN.items() if name in comparison.metrics}
-    if all(row["status"] == FINISHED for row in comparison.rows):
+    if all(row["status"] == TRAINED for row in comparison.rows):
         del wanted["status"]
     table = Table()
     for name, label in wanted.items():
         is_number = all(isinstance(row[name], int | float | None) for row in comparison.rows)
         table.add_column(Text(label), justify="right" if is_number else "left", no_wrap=name == "sae")
     for row in comparison.rows:
-        style = None if row["status"] == FINISHED else "red"
+        style = "red" if row["status"] == FAILED else None
         table.add_row(*(Text(_short(row[name])) for name in wanted), style=style)
     (console or Console()).print(table)
 
@@ -185,6 +185,7 @@ def pareto_plot(comparison: Comparison, path: Path | str) -> Path:
             if len(ticks) <= 8:
                 axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
                 axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.margins(x=0.12)
             axes.grid(color="0.92")
         if len(groups) > 1:
             figure.axes[0].legend(frameon=False, fontsize=8)
@@ -224,7 +225,7 @@ def _comparison(runs: Sequence[tuple[str, Mapping[str, Mapping[str, Any]], Mappi
             evals = {f"{group}/{key}": value for group, keys in (result.get("evals") or {}).items()
                      for key, value in keys.items()}  # fmt: skip
             numbers = {key: result.get(key) for key in ("tokens", "tokens_per_second", "dead_fraction")}
-            facts = {"run": run, "sae": name, "status": result.get("status", FINISHED)}
+            facts = {"run": run, "sae": name, "status": result.get("status", TRAINED)}
             found.append((facts, {**config, **dict(_leaves(result["config"]))}, numbers | evals))
     fields = _differing([config for _, config, _ in found])
     metrics = tuple(dict.fromkeys(name for _, _, values in found for name in values))

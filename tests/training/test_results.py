@@ -51,10 +51,10 @@ def a_run(folder: Path, results: Mapping[str, Mapping[str, Any]], **config: Any)
 def test_a_run_leaves_json_and_a_table(tmp_path: Path) -> None:
     a_run(tmp_path / "r", {"a": topk(8, 0.7), "b": topk(16, 0.8, lr=1e-3) | {"status": "failed", "evals": None}})
     found = read_results(tmp_path / "r")
-    assert found["a"] == {"status": "finished", **topk(8, 0.7)}
+    assert found["a"] == {"status": "trained", **topk(8, 0.7)}
     rows = list(csv.DictReader(io.StringIO((tmp_path / "r" / "results.csv").read_text())))
     assert [(row["sae"], row["status"], row["sae.k"], row["lr"], row["sparsity/l0"]) for row in rows] == [
-        ("a", "finished", "8", "", "8.0"),
+        ("a", "trained", "8", "", "8.0"),
         ("b", "failed", "16", "0.001", ""),
     ]
     assert "hook" not in rows[0], "a field in which they do not differ"
@@ -89,12 +89,12 @@ def test_comparisons_are_written_and_shown(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == [dict(row) for row in comparison.rows]
     rows = list(csv.reader(io.StringIO((tmp_path / "out" / "comparison.csv").read_text())))
     assert tuple(rows[0]) == comparison.columns
-    assert rows[1][:4] == ["r", "low", "finished", "8"]
+    assert rows[1][:4] == ["r", "low", "trained", "8"]
     screen = Console(file=io.StringIO(), width=120)
     show(comparison, screen)
     lines = screen.file.getvalue().splitlines()  # pyright: ignore[reportAttributeAccessIssue]
     assert lines[1].replace("┃", " ").split() == ["SAE", "status", "k", "tokens", "dead", "L0", "EV", "CE", "score"]
-    assert lines[3].replace("│", " ").split() == ["low", "finished", "8", "1,000", "0.125", "8", "0.7", "0.9"]
+    assert lines[3].replace("│", " ").split() == ["low", "trained", "8", "1,000", "0.125", "8", "0.7", "0.9"]
     assert "failed" in lines[4]
 
 

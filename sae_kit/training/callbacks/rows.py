@@ -105,8 +105,7 @@ class CSV(_Rows):
     def _table(self) -> tuple[list[str], list[dict[str, Any]]]:
         with self.path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
-            rows = list(reader)
-        return list(reader.fieldnames or ()), rows
+            return list(reader.fieldnames or ()), list(reader)
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
