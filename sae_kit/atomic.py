@@ -41,10 +41,10 @@ def new_file(path: Path) -> Generator[BinaryIO, None, None]:
 def new_folder(path: Path) -> Generator[Path, None, None]:
     """A folder that gets its name when the block ends well and the disk has all of it, and vanishes otherwise.
 
-    A folder that has the name already is moved away just before, and deleted.
+    A folder that has the name already makes room just before, and is deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = temporary(path)
+    new, old = temporary(path), temporary(path)
     new.mkdir()
     try:
         yield new
@@ -52,11 +52,13 @@ def new_folder(path: Path) -> Generator[Path, None, None]:
             sync(inner)
         sync(new)
         if path.exists():
-            remove_folder(path)
+            os.replace(path, old)
         os.replace(new, path)
         sync(path.parent)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
