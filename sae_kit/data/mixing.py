@@ -101,8 +101,8 @@ class Mixing(Iterator[dict[str, Tensor]]):
 
     @property
     def counters(self) -> dict[str, int | float]:
-        """Those of the source; rows of the last, incomplete batch; and the clumping of the batches given."""
-        buffer = {} if self._buffer is None else {"clumping": self._buffer.clumping}
+        """Those of the source; rows of the last, incomplete batch; and, if contexts are known, clumping of batches."""
+        buffer = {} if self._buffer is None or not self._contexts else {"clumping": self._buffer.clumping}
         return {**self.source.counters, "dropped_last": self._dropped_last, **buffer}
 
     @property
@@ -172,16 +172,16 @@ class Mixing(Iterator[dict[str, Tensor]]):
 
     def _take_over(self, found: Harvested | dict[str, Tensor]) -> None:
         if not isinstance(found, Harvested):
-            self._pending, number = found, len(next(iter(found.values())))
-            contexts, new = np.arange(number), number
-        else:
-            context, new = found.tokens.ids.shape[1], len(found.tokens)
-            self._pending, contexts = dict(found.rows), (found.kept // context).numpy()
-            if self._buffer is None:
-                self._warn_of_clumping(context)
+            self._pending = found
+            self._pending_contexts = np.zeros(len(next(iter(found.values()))), dtype=np.int32)  # nobody counts them
+            return
+        context = found.tokens.ids.shape[1]
+        self._pending = dict(found.rows)
         # Numbers begin anew after 2³², long after the rows of the first contexts have left.
-        self._pending_contexts = (contexts + self._contexts).astype(np.int32)
-        self._contexts += new
+        self._pending_contexts = (found.kept // context + self._contexts).numpy().astype(np.int32)
+        self._contexts += len(found.tokens)
+        if self._buffer is None:
+            self._warn_of_clumping(context)
 
     def _warn_of_clumping(self, context: int) -> None:
         if self.cfg.mix == "none":

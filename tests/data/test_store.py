@@ -225,6 +225,16 @@ def test_a_text_that_gave_rows_goes_on_though_a_pass_begins_without(llama: nn.Mo
     assert running.counters["dropped_special"] > 2 * 20 * 4
 
 
+def test_more_contexts_than_numbers_of_32_bits(llama: nn.Module, tokenizer: Any) -> None:
+    store, other = make(llama, tokenizer, texts(60)), make(llama, tokenizer, texts(60))
+    assert isinstance(store.mixed, Mixing)
+    store.mixed._contexts = 2**31 - 3
+    for _ in range(10):
+        assert torch.equal(next(store)[SITES[0]], next(other)[SITES[0]])
+    assert store.mixed._contexts > 2**31
+    assert store.counters["clumping"] == other.counters["clumping"] > 1
+
+
 def test_the_share_and_the_skipped_documents_are_known(llama: nn.Module, tokenizer: Any) -> None:
     store = make(llama, tokenizer, iter([None, *texts(20), ""]), DataConfig(holdout=0.25, context_size=CONTEXT))
     assert [source["holdout"] for source in store.provenance["tokens"]["sources"]] == [0.25]
