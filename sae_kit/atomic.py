@@ -79,13 +79,19 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def is_leftover(path: Path, of: re.Pattern[str]) -> bool:
+    """Whether `path` has the temporary name of something whose name is one of these."""
+    found = TEMPORARY.fullmatch(path.name)
+    return found is not None and of.fullmatch(found[1]) is not None
+
+
 def remove_leftovers(folder: Path, of: re.Pattern[str]) -> None:
     """Delete what writers and deleters of these names left in `folder` when they were killed.
 
     For the one who writes there: what another is writing would go as well.
     """
     for path in folder.iterdir():
-        if (found := TEMPORARY.fullmatch(path.name)) and of.fullmatch(found[1]):
+        if is_leftover(path, of):
             if path.is_dir():
                 shutil.rmtree(path)
             else:

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sae_kit import atomic
+from sae_kit.data.cache import files
 from sae_kit.errors import CorruptFileError
 from sae_kit.states import NAMES_IN_FILES, join_state, read_state, split_state, write_state, write_tensors
 
@@ -182,10 +183,12 @@ def test_damaged_states_are_refused(tmp_path: Path) -> None:
         read_state(tmp_path, "s")
 
 
-def test_states_that_numbered_their_tensors_are_read() -> None:
-    """Caches have them since their first version."""
-    x = torch.ones(2)
-    assert same(join_state({"a": [{"$tensor": 0}]}, {"0": x}), {"a": [x]})
+def test_caches_that_numbered_the_tensors_of_their_states_are_read(tmp_path: Path) -> None:
+    columns = {"state.0": [torch.ones(2)], "state.1": [torch.zeros(3)], "row": [torch.arange(4)]}
+    text = '{"a": [{"$tensor": 0}, NaN], "b": {"$tensor": 1}}'
+    write_tensors(tmp_path / "shard", columns, {"data_state": text})
+    found = files.read_state(tmp_path / "shard")
+    assert same(found, {"a": [torch.ones(2), math.nan], "b": torch.zeros(3)})
 
 
 # ---- whole or not at all ---------------------------------------------------------------------------------------------
@@ -229,6 +232,7 @@ def test_leftovers_go_and_nothing_else_does(tmp_path: Path) -> None:
 KILLED = """
 import os, pathlib, signal, sys
 from sae_kit import atomic
+from sae_kit.data.cache import files
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)
 atomic.os.replace = die
 atomic.write_text(pathlib.Path(sys.argv[1]) / "file", "new")

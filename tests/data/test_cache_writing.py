@@ -118,7 +118,7 @@ def test_files_are_readable_by_safetensors_alone(tmp_path: Path) -> None:
 
     written(tmp_path, dtype="int8")
     first = load_file(tmp_path / "r00-000000.safetensors")
-    expected = {"a", "a.scale", "b", "b.scale", "row", "pos", "tokens", "lengths", "state.0"}
+    expected = {"a", "a.scale", "b", "b.scale", "row", "pos", "tokens", "lengths", "state.filters.norms"}
     assert first.keys() == expected
     assert (first["a"].dtype, first["row"].dtype, first["pos"].dtype) == (torch.int8, torch.int64, torch.int32)
 

@@ -3,7 +3,7 @@
     r00-000000.safetensors   {site} [rows, width], with {site}.scale [rows, groups] where it is int8
                              row int64 [rows], pos int32 [rows]: where each activation stands in the text
                              tokens int32 [contexts, n], lengths int32 [contexts]: the text itself, every position
-                             state.0, state.1 ...: tensors of the data state just after this shard
+                             state.PATH: tensors of the data state just after this shard
 
 The data state's JSON stands in the header of the shard, so that a shard says by itself how writing goes on after it. A
 file gets its name when all of it is on the disk, and is a part of the cache when the manifest names it.
@@ -13,12 +13,11 @@ import hashlib
 import json
 import os
 import re
-import uuid
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int32, Int64, Shaped
@@ -26,31 +25,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sae_kit import config as trees
+from sae_kit.atomic import write_text
 from sae_kit.data.batch import State
 from sae_kit.data.cache.quantize import DTYPES, StoredDtype, scales_per_row
 from sae_kit.errors import ConfigError, CorruptFileError, FormatTooNewError, OutputExistsError
+from sae_kit.states import join_state, split_state, write_tensors
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 64 * 2**20  # bytes
 SHARD = re.compile(r"r\d\d-\d{6}\.safetensors")
-LEFTOVER = re.compile(rf"\.({SHARD.pattern}|{re.escape(MANIFEST)})\.tmp-\d+-[0-9a-f]{{8}}")
-"""a file that was being written when writing was killed"""
+NAMES = re.compile(rf"{SHARD.pattern}|{re.escape(MANIFEST)}")
 RESERVED = ("row", "pos", "tokens", "lengths")
 SCALE, STATE = ".scale", "state."
-PAGE = 4096
-NAMES_IN_FILES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float64: "F64",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 AGAIN = "write the cache once more with the same settings: what is whole stays, and only this is harvested anew"
 
 
@@ -140,9 +127,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
     """Replace the manifest, whole or not at all."""
-    text = json.dumps(trees.unstructure(manifest), indent=1, ensure_ascii=False)
-    with _new_file(folder / MANIFEST) as file:
-        file.write(text.encode() + b"\n")
+    write_text(folder / MANIFEST, json.dumps(trees.unstructure(manifest), indent=1, ensure_ascii=False) + "\n")
 
 
 # ---- shards ----------------------------------------------------------------------------------------------------------
@@ -177,35 +162,18 @@ class Shard:
 
 def write_shard(path: Path, columns: Mapping[str, Sequence[Tensor]], state: State) -> tuple[int, str]:
     """Write columns, each the concatenation of its tensors, and the data state after them; bytes and SHA-256."""
-    plain, tensors = _split_state(state)
-    parts = {**columns, **{f"{STATE}{i}": [tensor] for i, tensor in enumerate(tensors)}}
-    # Wide numbers first, so that each tensor begins where numbers of its size may.
-    names = sorted(parts, key=lambda name: (-parts[name][0].itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"data_state": json.dumps(plain)}}
-    end = 0
-    for name in names:
-        first, begin = parts[name][0], end
-        shape = [*first.shape]
-        if first.ndim:
-            shape[0] = sum(len(part) for part in parts[name])
-        end += sum(part.nbytes for part in parts[name])
-        header[name] = {"dtype": NAMES_IN_FILES[first.dtype], "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % PAGE)
-    digest = hashlib.sha256()
-    with _new_file(path) as file:
-        for block in (len(text).to_bytes(8, "little"), text, *(_bytes_of(p) for name in names for p in parts[name])):
-            file.write(block)
-            digest.update(block)
-    return 8 + len(text) + end, digest.hexdigest()
+    plain, tensors = split_state(state)
+    of_state = {STATE + name: [tensor] for name, tensor in tensors.items()}
+    return write_tensors(path, {**columns, **of_state}, {"data_state": json.dumps(plain)})
 
 
 def read_state(path: Path) -> State:
     """The data state just after a shard."""
     with _opened(path) as file:
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys() if name.startswith(STATE)}  # noqa: SIM118
+        names = [name for name in file.keys() if name.startswith(STATE)]  # noqa: SIM118
+        tensors = {name.removeprefix(STATE): file.get_tensor(name).clone() for name in names}
         plain = json.loads((file.metadata() or {})["data_state"])
-    return _join_state(plain, tensors)
+    return join_state(plain, tensors)
 
 
 def damage(entry: ShardEntry, folder: Path, *, verify: bool = False) -> str | None:
@@ -282,32 +250,6 @@ def alone_in(folder: Path) -> Generator[None, None, None]:
         os.close(descriptor)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete files that writing left when it was killed."""
-    for path in folder.iterdir():
-        if LEFTOVER.fullmatch(path.name):
-            path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _new_file(path: Path) -> Generator[BinaryIO, None, None]:
-    """A file that gets its name when the block ends well and the disk has all of it, and vanishes otherwise."""
-    new = path.with_name(f".{path.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
-    try:
-        with new.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    finally:
-        new.unlink(missing_ok=True)
-
-
 @contextmanager
 def _opened(path: Path) -> Generator[Any, None, None]:
     try:
@@ -315,32 +257,3 @@ def _opened(path: Path) -> Generator[Any, None, None]:
             yield file
     except SafetensorError as error:
         raise CorruptFileError(f"{path} cannot be read as safetensors ({error}); {AGAIN}") from error
-
-
-def _bytes_of(tensor: Tensor) -> Any:
-    if not tensor.numel():  # torch cannot view every empty tensor as bytes
-        return b""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _split_state(state: Any) -> tuple[Any, list[Tensor]]:
-    """A state as JSON that has `{"$tensor": i}` in the place of each tensor, and the tensors."""
-    tensors: list[Tensor] = []
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            tensors.append(value)
-            return {"$tensor": len(tensors) - 1}
-        if isinstance(value, Mapping):
-            return {str(key): plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-    return plain(state), tensors
-
-
-def _join_state(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, dict):
-        if value.keys() == {"$tensor"}:
-            return tensors[f"{STATE}{value['$tensor']}"]
-        return {key: _join_state(item, tensors) for key, item in value.items()}
-    return [_join_state(item, tensors) for item in value] if isinstance(value, list) else value

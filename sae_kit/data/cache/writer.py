@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from sae_kit._version import __version__
+from sae_kit.atomic import is_leftover, remove_leftovers
 from sae_kit.data.batch import Harvested, Resumable
 from sae_kit.data.cache.files import (
     FORMAT,
-    LEFTOVER,
     MANIFEST,
+    NAMES,
     RESERVED,
     SCALE,
     SHARD,
@@ -35,7 +36,6 @@ from sae_kit.data.cache.files import (
     damage,
     read_manifest,
     read_state,
-    remove_leftovers,
     write_manifest,
     write_shard,
 )
@@ -108,7 +108,7 @@ class _Writer:
         self._folder.mkdir(parents=True, exist_ok=True)
         with alone_in(self._folder):
             self._manifest = self._begun()
-            remove_leftovers(self._folder)
+            remove_leftovers(self._folder, NAMES)
             return self._go_on()
 
     def _go_on(self) -> Manifest:
@@ -301,4 +301,4 @@ class _Writer:
 
 def _ours(path: Path) -> bool:
     """Whether writing may have left this before there was a manifest."""
-    return bool(SHARD.fullmatch(path.name) or LEFTOVER.fullmatch(path.name))
+    return bool(SHARD.fullmatch(path.name) or is_leftover(path, NAMES))
