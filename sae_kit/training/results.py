@@ -82,7 +82,7 @@ def read_results(folder: Path | str) -> dict[str, dict[str, Any]]:
     return data
 
 
-def compare(runs: Iterable[Path | str], *, out: Path | None = None, plot: Path | None = None) -> Comparison:
+def compare(runs: Iterable[Path | str], *, out: Path | str | None = None, plot: Path | str | None = None) -> Comparison:
     """All SAEs of some runs; a folder that is no run stands for the runs in it.
 
     `out` is a folder that gets `comparison.json` and `comparison.csv`; `plot` a .png or .svg, see `pareto_plot`.
@@ -91,16 +91,17 @@ def compare(runs: Iterable[Path | str], *, out: Path | None = None, plot: Path |
         FileNotFoundError: a folder without results. MissingDependencyError: a plot without matplotlib.
     """
     if plot is not None:
-        _check_plot(plot)
-    folders = [folder for given in runs for folder in _runs_in(Path(given))]
+        _check_plot(Path(plot))
+    folders = [run for given in runs for run in _runs_in(Path(given))]
     names = _names(folders)
     comparison = _comparison(
-        [(name, read_results(folder), _run_config(folder)) for name, folder in zip(names, folders, strict=True)]
+        [(name, read_results(run), _run_config(run)) for name, run in zip(names, folders, strict=True)]
     )
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "comparison.json", [dict(row) for row in comparison.rows])
-        write_text(out / "comparison.csv", as_csv(comparison))
+        folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "comparison.json", [dict(row) for row in comparison.rows])
+        write_text(folder / "comparison.csv", as_csv(comparison))
     if plot is not None:
         pareto_plot(comparison, plot)
     return comparison

@@ -1,7 +1,11 @@
 """Callbacks in real runs: what is shown and sent, what a failure costs, what goes on after a resume."""
 
+import importlib.util
 import logging
+import re
+import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -204,6 +208,9 @@ def test_a_run_stops_when_nothing_improves(caplog: pytest.LogCaptureFixture) -> 
     )
     assert stopped_after(patience=2) == 3
     assert stopped_after(several=True) == 4
+    trainer = trainer_of([EarlyStop(EarlyStopConfig(metric="losses/overall_loss", patience=3, min_delta=1e9))], steps=4)
+    trainer.fit()
+    assert trainer.callbacks.stop_reason is None, "at the end there is nothing left to stop"
     assert stopped_after(min_delta=0.0) == 12, "the loss falls in most steps"
     assert stopped_after(min_delta=0.0, mode="max") < 12, "it does not rise"
 
@@ -283,6 +290,46 @@ def test_time_is_told_apart() -> None:
     assert min(steps) >= 0.03
     assert sum(waits) + sum(steps) <= seconds - 4 * 0.05
     assert 0.05 < float(rows[-1]["perf/peak_memory_gib"] or 0) < 1000
+
+
+# ---- the user's own --------------------------------------------------------------------------------------------------
+
+
+class Writer:
+    """What the page uses of TensorBoard's writer, for machines that do not have it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.seen: dict[str, list[int]] = {}
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.seen.setdefault(name, []).append(step)
+
+    def add_histogram(self, name: str, values: torch.Tensor, step: int) -> None:
+        self.add_scalar(name, values.mean().item(), step)
+
+    def close(self) -> None:
+        (self.folder / "events.out.tfevents.stand-in").write_text(str(self.seen))
+
+
+def test_the_sink_of_the_documentation_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the real package where it is installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        module = types.ModuleType("torch.utils.tensorboard")
+        vars(module)["SummaryWriter"] = Writer
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```py\n(.*?)^```$", page, re.M | re.S)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    board = names["TensorBoard"](tmp_path)
+    trainer = trainer_of([board])
+    trainer.fit()
+    assert list(trainer.callbacks) == [board], "it did not fail on the way"
+    (events,) = tmp_path.glob("events.out.tfevents.*")
+    content = events.read_bytes()
+    for name in (b"losses/mse_loss", b"metrics/explained_variance", b"plots/log10_feature_density"):
+        assert name in content
 
 
 # ---- Weights & Biases ------------------------------------------------------------------------------------------------

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
-import sae_kit
 from sae_kit import RunConfig, TopKSAEConfig
 from sae_kit.cli import configured, parse_train
 from sae_kit.errors import ConfigError, UnknownConfigKeyError
+from sae_kit.training.results import compare
 from sae_kit.training.sweep import LARGEST, expand_sweep, run_configs, train_sweep
 
 HOOK = "blocks.2.hook_resid_pre"
@@ -161,8 +161,8 @@ def test_sweeps_train(tmp_path: Path) -> None:
     assert (first.folder.name, second.folder.name) == ("b256", "b512")
     assert (first.training.steps, second.training.steps) == (8, 4)
     assert sorted(path.name for path in (first.folder / "saes").iterdir()) == ["k2", "k4"]
-    small = {"train": {"batch_tokens": 256}, "name": "alone", **fields}
-    entry = {"sae": {**BASE["sae"], "k": 4}, "hook": HOOK}
-    alone = sae_kit.train(model="demo", dataset="demo", tokens=2048, sweep={"grid": {"seed": [3]}}, **small, **entry)
-    assert list(alone.saes) == ["seed3"]
-    assert alone.training.steps == 8
+    table = compare([tmp_path])
+    assert set(table.fields) == {"sae.k", "train.batch_tokens"}
+    assert [(row["run"], row["sae"], row["sae.k"], row["train.batch_tokens"], row["tokens"]) for row in table.rows] == [
+        (f"b{rows}", f"k{k}", k, rows, 2048) for rows in (256, 512) for k in (2, 4)
+    ]

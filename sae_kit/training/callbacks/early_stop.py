@@ -89,7 +89,8 @@ class EarlyStop(Callback):
                 self._best[name], self._waited[name] = score, 0
             else:
                 self._waited[name] = self._waited.get(name, 0) + 1
-        if found and all(self._waited[name] >= self._cfg.patience for name in found):
+        is_over = trainer.tokens >= trainer.total_tokens
+        if found and not is_over and all(self._waited[name] >= self._cfg.patience for name in found):
             best = ", ".join(f"{name} {self._sign * self._best[name]:.4g}" for name in found if name in self._best)
             reason = f"{self._cfg.metric} has not improved for {self._cfg.patience} rows; best: {best or 'none'}"
             log.info("stopping at %s tokens: %s", f"{trainer.tokens:,}", reason)
