@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from sae_kit import config as trees
+from sae_kit.atomic import write_json
 from sae_kit.data.models import load_model
 from sae_kit.data.store import default_context
 from sae_kit.data.tokens import held_out_rows
 from sae_kit.demo.show import activations, choose_latents, describe, render
 from sae_kit.errors import ConfigError, OutputExistsError
 from sae_kit.training.config import RunConfig
-from sae_kit.training.run import RUN_FILES, RunResult, run, write_json
+from sae_kit.training.run import RUN_FILES, RunResult, run
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from sae_kit import config as trees
+from sae_kit.atomic import write_json, write_text
 from sae_kit.data.cache import push_cache, write_cache
 from sae_kit.devices import pick_device
 from sae_kit.errors import ConfigError, OutputExistsError, ShapeError
@@ -281,15 +281,3 @@ def default_name(cfg: RunConfig) -> str:
     digest = hashlib.sha256(json.dumps(trees.unstructure(cfg), sort_keys=True).encode()).hexdigest()[:8]
     model = (cfg.model.name or "model").rstrip("/").split("/")[-1]
     return f"{model}-{next(iter(cfg.saes.values())).sae.architecture}-{digest}"
-
-
-def write_json(path: Path, tree: object) -> None:
-    """Write JSON atomically; numbers that are not finite are refused."""
-    write_text(path, json.dumps(tree, indent=2, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    new = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
