@@ -87,6 +87,14 @@ def test_names_without_a_place_are_refused(family: str, missing: list[str]) -> N
                 resolve(shared("bridge", family), f"blocks.1.{name}")
 
 
+def test_a_norm_is_recomputed_in_float32_whatever_the_model_is_in() -> None:
+    x = (10 * torch.randn(5, 64, generator=torch.Generator().manual_seed(0))).bfloat16()
+    for norm in (nn.LayerNorm(64), nn.RMSNorm(64, eps=1e-6)):
+        found = families.normalized(norm, x)
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, families.normalized(norm, x.float()).bfloat16())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_outputs_of_attention_and_mlp_are_what_is_added_to_the_stream(family: str) -> None:
     names = ["hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post"]
