@@ -4,6 +4,7 @@ A section that belongs to one component is defined beside it (model, data, buffe
 tree and the sections of the trainer itself.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +19,9 @@ from sae_kit.data.tokens import DataConfig
 from sae_kit.errors import ConfigError
 from sae_kit.sae_config import SAEConfig
 from sae_kit.training.callbacks.early_stop import EarlyStopConfig
+from sae_kit.training.checkpoint import CheckpointConfig
 from sae_kit.training.init import InitConfig
-from sae_kit.training.optim import OptimConfig
+from sae_kit.training.optim import USED_BY, OptimConfig
 from sae_kit.training.resampling import ResampleConfig
 from sae_kit.training.schedules import ScheduleConfig
 
@@ -208,6 +210,8 @@ class RunConfig:
     """length and batch"""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """held-out evaluation"""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """saving all of it on the way"""
     log: LogConfig = field(default_factory=LogConfig)
     """metrics"""
 
@@ -223,6 +227,8 @@ class RunConfig:
         """The optimizer of one SAE; None is that of the run."""
         entry = None if name is None else self.saes.get(name)
         own = {} if entry is None else entry.optim if entry.lr is None else {**entry.optim, "lr": entry.lr}
+        if own.get("name", self.optim.name) != self.optim.name:  # what only some have would be refused
+            own = {f.name: f.default for f in dataclasses.fields(OptimConfig) if f.name in USED_BY} | own
         return _changed(self.optim, own, f"saes.{name}.optim")
 
     def schedule_of(self, name: str | None) -> ScheduleConfig:
