@@ -167,6 +167,7 @@ def pareto_plot(comparison: Comparison, path: Path | str) -> Path:
     panels = {name: points for name, points in panels.items() if points}
     if not panels:
         raise ConfigError("there is nothing to draw: no SAE has an evaluation with its L0")
+    several = len({row["run"] for row in comparison.rows}) > 1
     groups = list(dict.fromkeys(_group(row) for row in comparison.rows))
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sae_kit", "font.size": 10}):
         figure = Figure(figsize=(6.5 * len(panels), 5), layout="constrained")
@@ -181,7 +182,14 @@ def pareto_plot(comparison: Comparison, path: Path | str) -> Path:
                     color = f"C{groups.index(group)}"
                     axes.scatter(*zip(*of_group, strict=True), s=28, color=color, label=group, zorder=2)
             for x, y, row in points if len(points) <= LABELLED else ():
-                axes.annotate(row["sae"], (x, y), (3, 3), textcoords="offset points", fontsize=7, color="0.35")
+                axes.annotate(
+                    f"{row['run']}/{row['sae']}" if several else row["sae"],
+                    (x, y),
+                    (3, 3),
+                    textcoords="offset points",
+                    fontsize=7,
+                    color="0.35",
+                )
             ticks = sorted({float(f"{x:.3g}") for x, _, _ in points})
             if len(ticks) <= 8:
                 axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

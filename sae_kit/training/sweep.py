@@ -205,7 +205,8 @@ def _run(
 def _check_name(name: str, taken: Iterable[str]) -> None:
     if name in taken:
         raise ConfigError(f"sweep.name: two SAEs would be called {name!r}: put every swept field into the name")
-    if not name or Path(name).name != name or name == ".." or "\\" in name or len(name.encode()) > LONGEST_NAME:
+    is_one_part = Path(name).name == name != ".." and "\\" not in name
+    if not is_one_part or not name.isprintable() or len(name.encode()) > LONGEST_NAME:
         raise ConfigError(
             f"sweep.name: {name!r} cannot be the name of a folder, which it is to become: "
             f"it may hold no / and no \\ and at most {LONGEST_NAME} bytes; say in sweep.name how to call the SAEs"
@@ -238,6 +239,8 @@ def _filled(template: str, point: Point, tree: Mapping[str, Any], where: str) ->
 def _shown(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "+".join(map(_shown, value))
+    if isinstance(value, Mapping):
+        return "+".join(f"{key}={_shown(item)}" for key, item in value.items())
     return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -379,6 +379,54 @@ def test_wandb_keeps_its_id_when_a_run_is_continued(tmp_path: Path) -> None:
     assert chosen.state_dict() == {"id": "chosen"}
 
 
+class OnlineRun:
+    """What a run of wandb is asked for."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings, self.id = settings, settings["id"] or "new"
+        self.rows: list[dict[str, Any]] = []
+        self.metrics: list[tuple[str, str | None]] = []
+        self.exit_code: int | None = None
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.metrics.append((name, step_metric))
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+
+
+@pytest.mark.usefixtures("quiet")
+def test_what_is_configured_reaches_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[OnlineRun] = []
+    monkeypatch.setattr("wandb.init", lambda **settings: runs.append(OnlineRun(**settings)) or runs[-1])
+    fields = {"entity": "us", "name": "n", "group": "g", "tags": ["a", "b"], "mode": "online"}
+    first = trainer_of([wandb_of(tmp_path, **fields)], steps=2)
+    first.fit()
+    wanted = {**fields, "project": "p", "id": None, "resume": "allow", "dir": str(tmp_path)}
+    assert {name: runs[0].settings[name] for name in wanted} == wanted
+    assert runs[0].settings["config"]["train"]["tokens"] == 2 * BATCH
+    assert runs[0].metrics == [("tokens", None), ("*", "tokens")]
+    assert [row["tokens"] for row in runs[0].rows] == [BATCH, 2 * BATCH]
+    assert runs[0].exit_code == 0
+
+    class Fails(Callback):
+        essential: ClassVar[bool] = True
+
+        def on_log(self, trainer: SAETrainer, metrics: Metrics) -> None:
+            raise RuntimeError("an essential one")
+
+    second = trainer_of([wandb_of(tmp_path, mode="online", resume="must"), Fails()])
+    second.callbacks.load_state_dict(first.callbacks.state_dict())
+    with pytest.raises(RuntimeError, match="an essential one"):
+        second.fit()
+    assert (runs[1].settings["id"], runs[1].settings["resume"]) == ("new", "must")
+    assert runs[1].settings["name"] == tmp_path.name, "without a name, that of the folder"
+    assert runs[1].exit_code == 1
+
+
 @pytest.mark.usefixtures("quiet")
 def test_a_wandb_that_is_not_there_costs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

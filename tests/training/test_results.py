@@ -126,6 +126,9 @@ def test_equal_tables_make_equal_plots(tmp_path: Path) -> None:
     for text in ("explained variance", "CE score", "L0", ">a<", ">b<", ">j<", "jumprelu", "topk"):
         assert text in drawing
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    other = a_run(tmp_path / "other", {"a": topk(8, 0.6)})
+    compare([run, other], plot=tmp_path / "both.svg")
+    assert ">other/a<" in (tmp_path / "both.svg").read_text(), "names of SAEs are those of their runs"
 
 
 def test_a_plot_leaves_out_what_was_not_measured(tmp_path: Path) -> None:

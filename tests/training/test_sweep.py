@@ -56,6 +56,10 @@ def test_names_without_a_template_say_what_differs() -> None:
         "blocks.1.hook_resid_post-skipfalse",
     ]
     assert names(sweep(grid={"hook": [["a", "b"]]})) == ["hooka+b"]
+    assert names(sweep(grid={"init": [{"b_dec": "mean", "firing_rate": 0.5}, None]})) == [
+        "initb_dec=mean+firing_rate=0.5",
+        "initNone",
+    ]
     assert names(sweep(grid={"seed": [0, 1]}, name="{sae.architecture}-{seed}")) == ["topk-0", "topk-1"]
 
 
@@ -134,6 +138,7 @@ def test_files_and_command_line_say_the_same(tmp_path: Path) -> None:
         ({"grid": {"lr": [1e-4]}, "name": "{lr"}, "expected each field between two braces, found '{lr'"),
         ({"grid": {"lr": [1e-4]}, "name": "a/{lr}"}, "'a/0.0001' cannot be the name of a folder"),
         ({"grid": {"hook": ["x" * 300]}}, "and at most 200 bytes"),
+        ({"grid": {"hook": ["x\0"]}}, "cannot be the name of a folder"),
         ({"grid": {"seed": list(range(100)), "sae.k": list(range(1, 101))}}, f"at most {LARGEST:,} are trained"),
     ],
 )
