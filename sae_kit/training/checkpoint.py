@@ -434,3 +434,28 @@ def environment_changes(saved: Mapping[str, Any]) -> list[str]:
     return [
         f"{name}: {saved.get(name)!r} → {value!r}" for name, value in environment().items() if saved.get(name) != value
     ]
+
+
+# ---- the buffer apart ------------------------------------------------------------------------------------------------
+
+
+def part_buffer(stream: State) -> tuple[State, State | None]:
+    """The state of an `ActivationsStore` without the rows of its buffer, and those; None = it has none."""
+    mixing = stream["source"]
+    if (buffer := mixing.get("buffer")) is None:
+        return stream, None
+    return stream | {"source": mixing | {"buffer": {"count": buffer["count"]}}}, buffer
+
+
+def join_buffer(stream: State, buffer: State | None) -> tuple[State, int]:
+    """The inverse of `part_buffer`; without the rows, a state that reads as many others, and how many are lost."""
+    mixing = stream["source"]
+    if mixing.get("buffer") is None:
+        return stream, 0
+    if buffer is not None:
+        return stream | {"source": mixing | {"buffer": buffer}}, 0
+    lost = mixing["buffer"]["count"]
+    contexts, entered, dropped = mixing["numbers"]
+    had_all = entered == mixing["settings"]["train.tokens"]  # as opposed to data that end
+    anew = {"buffer": None, "numbers": [contexts, entered - lost, dropped], "ended": mixing["ended"] and not had_all}
+    return stream | {"source": mixing | anew}, lost

@@ -15,6 +15,8 @@ from checkpoints import contents, names, small, write
 from helpers import estimated, every_trainable, inputs, make_sae
 
 from sae_kit import SAE
+from sae_kit.data.buffer import BufferConfig
+from sae_kit.data.store import ActivationsStore
 from sae_kit.errors import ConfigError, CorruptFileError, FormatTooNewError, SAEKitError
 from sae_kit.training import checkpoint as module
 from sae_kit.training.checkpoint import (
@@ -22,7 +24,9 @@ from sae_kit.training.checkpoint import (
     environment,
     environment_changes,
     find_checkpoints,
+    join_buffer,
     newest_checkpoint,
+    part_buffer,
     read_checkpoint,
 )
 
@@ -291,3 +295,70 @@ def test_a_later_format_is_not_passed_over(tmp_path: Path) -> None:
     edit(write(tmp_path, 10) / "MANIFEST.json", format=2)
     with pytest.raises(FormatTooNewError, match="has format 2; this sae_kit reads up to 1: upgrade it"):
         newest_checkpoint(tmp_path)
+
+
+# ---- the buffer apart ------------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """Rows that say which they are, in chunks of 48."""
+
+    def __init__(self, chunks: int) -> None:
+        self.chunk, self.chunks = 0, chunks
+
+    def __iter__(self) -> "Rows":
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        if self.chunk == self.chunks:
+            raise StopIteration
+        self.chunk += 1
+        return (torch.arange(48.0) + 48 * (self.chunk - 1))[:, None].expand(48, 2)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"chunk": self.chunk}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.chunk = state["chunk"]
+
+
+def given(store: ActivationsStore) -> list[list[float]]:
+    return [batch["rows"][:, 0].tolist() for batch in store]
+
+
+@pytest.mark.parametrize("chunks", [1000, 21], ids=["enough", "too few"])
+@pytest.mark.parametrize("steps", [1, 20, 55])
+def test_a_stream_goes_on_with_its_buffer_or_without(chunks: int, steps: int, tmp_path: Path) -> None:
+    def store() -> ActivationsStore:
+        return ActivationsStore.from_rows(
+            Rows(chunks), BufferConfig(tokens=256, prefetch=2), batch_tokens=16, train_tokens=960
+        )
+
+    whole = store()
+    before = [next(whole) for _ in range(steps)]
+    stream, buffer = part_buffer(whole.state_dict())
+    path = write(tmp_path, 16 * steps, state={"stream": stream}, buffer=buffer)
+    expected = given(whole)
+    read = read_checkpoint(path)
+    state, lost = join_buffer(read.state["stream"], read.buffer)
+    assert lost == 0
+    exact = store()
+    exact.load_state_dict(state)
+    assert given(exact) == expected
+    anew = store()
+    state, lost = join_buffer(read.state["stream"], None)
+    anew.load_state_dict(state)
+    found = [row for batch in given(anew) for row in batch]
+    assert lost > 0
+    seen = {row for batch in before for row in batch["rows"][:, 0].tolist()}
+    assert not seen & {*found}, "no row comes twice"
+    there_are = 48 * chunks - 16 * steps - lost
+    assert len(found) == min(sum(map(len, expected)), there_are // 16 * 16)
+    for each in (whole, exact, anew):
+        each.close()
+
+
+def test_a_stream_without_a_buffer_has_nothing_apart() -> None:
+    stream = {"source": {"position": 3}, "ready": [], "counters": None}
+    assert part_buffer(stream) == (stream, None)
+    assert join_buffer(stream, None) == (stream, 0)
