@@ -56,8 +56,8 @@ def test_names_without_a_template_say_what_differs() -> None:
         "blocks.1.hook_resid_post-skipfalse",
     ]
     assert names(sweep(grid={"hook": [["a", "b"]]})) == ["hooka+b"]
-    assert names(sweep(grid={"init": [{"b_dec": "mean", "firing_rate": 0.5}, None]})) == [
-        "initb_dec=mean+firing_rate=0.5",
+    assert names(sweep(grid={"init": [{"encoder": "transpose", "encoder_factor": 0.5}, None]})) == [
+        "initencoder=transpose+encoder_factor=0.5",
         "initNone",
     ]
     assert names(sweep(grid={"seed": [0, 1]}, name="{sae.architecture}-{seed}")) == ["topk-0", "topk-1"]
