@@ -357,11 +357,22 @@ def kept(folder: Path) -> list[tuple[str, bytes]]:
 def test_wandb_keeps_rows_histograms_and_saes(tmp_path: Path) -> None:
     (tmp_path / "saes").mkdir()
     make_sae("topk").save_model(tmp_path / "saes" / "sae")
-    trainer_of([wandb_of(tmp_path, artifacts=True)]).fit()
-    ((_, content),) = kept(tmp_path)
+
+    class Save(Callback):
+        def on_step_end(self, trainer: SAETrainer) -> None:
+            if trainer.steps == 3:
+                trainer.callbacks.call("on_checkpoint", trainer, tmp_path)
+
+    trainer_of([wandb_of(tmp_path, artifacts=True), Save()]).fit()
+    ((run_id, content),) = kept(tmp_path)
     for name in (b"metrics/explained_variance", b"plots/log10_feature_density", b"weights/W_dec_norms"):
         assert content.count(name) >= 6, "in every row"
     assert b"sae_weights.safetensors" in content
+    assert f"{run_id}-checkpoint".encode() in content
+    assert f"{run_id}-saes".encode() in content
+    trainer_of([wandb_of(tmp_path / "without")]).fit()
+    ((_, content),) = kept(tmp_path / "without")
+    assert b"sae_weights.safetensors" not in content
 
 
 @pytest.mark.usefixtures("quiet")

@@ -28,7 +28,7 @@ class EarlyStopConfig:
     metric: str
     """name of a logged or held-out metric, e.g. metrics/explained_variance, without the name of an SAE"""
     patience: int = 5
-    """rows of this metric in a row without improvement after which the run ends"""
+    """so many rows of this metric one after the other without improvement end the run"""
     min_delta: float = 0.0
     """a change that is no larger is no improvement"""
     mode: Literal["auto", "min", "max"] = "auto"

@@ -118,10 +118,12 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
         FileNotFoundError: there is no such file. CorruptFileError: a line is not a row of metrics.
     """
     rows: dict[int, dict[str, Any]] = {}
+    attempt = 0
     for row in _parsed(Path(path)):
-        step, attempt = row["step"], row.get("attempt", 1)
-        for later in [s for s, old in rows.items() if s >= step and old.get("attempt", 1) < attempt]:
-            del rows[later]
+        step = row["step"]
+        if row.get("attempt", 1) > attempt:  # of a new attempt the first row is the earliest
+            attempt = row.get("attempt", 1)
+            rows = {earlier: kept for earlier, kept in rows.items() if earlier < step}
         rows[step] = rows.get(step, {}) | row
     return [rows[step] for step in sorted(rows)]
 
