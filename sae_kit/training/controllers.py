@@ -21,8 +21,8 @@ class L0Controller:
     with L̄0 averaged over 100,000 tokens and η = 1e-3. All of it stays on the device.
     """
 
-    def __init__(self, target: float, device: torch.device, rate: float = RATE) -> None:
-        self.target, self.rate = target, rate
+    def __init__(self, target: float, device: torch.device, rate: float = RATE, window: int = WINDOW) -> None:
+        self.target, self.rate, self.window = target, rate, window
         self._log_factor = torch.zeros((), dtype=torch.float64, device=device)
         self._average = torch.zeros((), dtype=torch.float64, device=device)
         self._weight = torch.zeros((), dtype=torch.float64, device=device)
@@ -34,8 +34,8 @@ class L0Controller:
     @torch.no_grad()
     def observe(self, fired: Int[Tensor, ""], rows: int, *, steers: bool, bad: Bool[Tensor, ""]) -> None:
         """Take in a step on `rows` with so many firings; the factor moves only if it `steers`, after the warm-up."""
-        beta = math.exp(-rows / WINDOW)
-        average = beta * self._average + (1 - beta) * fired / rows
+        beta = math.exp(-rows / self.window)
+        average = beta * self._average + (1 - beta) * fired.double() / rows
         weight = beta * self._weight + (1 - beta)
         self._average = torch.where(bad, self._average, average)
         self._weight = torch.where(bad, self._weight, weight)

@@ -324,10 +324,10 @@ def test_the_sample_is_trained_on_afterwards(normalize: str, peek: bool, monkeyp
     started: list[Tensor] = []
     step = SAEInTraining.step
 
-    def watched(self: SAEInTraining, batch: Batch, tokens: int, lr_factor: float) -> None:
+    def watched(self: SAEInTraining, batch: Batch, tokens: int, **given: Any) -> None:
         seen.append(batch.x)
         started.append(self.sae.b_dec.detach().clone())
-        step(self, batch, tokens, lr_factor)
+        step(self, batch, tokens, **given)
 
     monkeypatch.setattr(SAEInTraining, "step", watched)
     fit(sae, Peekable(rows) if peek else rows, init={"b_dec": "geometric_median"})

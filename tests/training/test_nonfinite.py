@@ -30,7 +30,9 @@ def trained_on(sae: SAE, stream: list[Tensor], **sections: Any) -> dict[str, flo
 @every_trainable
 @pytest.mark.parametrize("optim", [{}, {"name": "signum"}, {"name": "sgd"}, {"fused": False}, {"ema": 0.9}], ids=str)
 def test_a_bad_step_leaves_no_trace_but_its_tokens(name: str, optim: dict[str, Any]) -> None:
-    fixed: dict[str, Any] = {"threshold_window_tokens": 10 * BATCH} if list_architectures()[name].sae.selects_over_batch else {}
+    fixed: dict[str, Any] = (
+        {"threshold_window_tokens": 10 * BATCH} if list_architectures()[name].sae.selects_over_batch else {}
+    )
     healthy, poisoned = (make_config(name, **fixed).build() for _ in range(2))
     stream = rows(healthy, 6)
     section = {"optim": {"lr": 3e-3, "clip_grad_norm": None, **optim}, "train": {"dead_after_tokens": 10**9}}
