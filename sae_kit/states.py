@@ -124,8 +124,8 @@ def _at(path: tuple[str, ...]) -> str:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def write_state(folder: Path, name: str, state: object) -> None:
-    """Write `{name}.safetensors` and `{name}.json` into `folder`, one tensor in memory at a time.
+def write_state(folder: Path, name: str, state: object) -> dict[str, tuple[int, str]]:
+    """Write `{name}.safetensors` and `{name}.json` into `folder`; bytes and SHA-256 of each.
 
     Each of the two is there whole or not at all. Where both have to be of one state, write into a new folder.
 
@@ -133,10 +133,11 @@ def write_state(folder: Path, name: str, state: object) -> None:
         ValueError: something in it that a state cannot hold. OSError: the folder cannot be written.
     """
     plain, tensors = split_state(state)
-    text = json.dumps(plain, indent=1, allow_nan=False)
-    write_tensors(folder / f"{name}.safetensors", {path: [tensor] for path, tensor in tensors.items()})
+    text = (json.dumps(plain, indent=1, allow_nan=False) + "\n").encode()
+    weights = write_tensors(folder / f"{name}.safetensors", {path: [tensor] for path, tensor in tensors.items()})
     with new_file(folder / f"{name}.json") as file:
-        file.write(text.encode() + b"\n")
+        file.write(text)
+    return {f"{name}.safetensors": weights, f"{name}.json": (len(text), hashlib.sha256(text).hexdigest())}
 
 
 def read_state(folder: Path, name: str) -> Any:

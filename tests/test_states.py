@@ -118,7 +118,9 @@ def test_tensors_are_aliases_only_if_they_are_the_same_memory_in_the_same_shape(
 
 def test_equal_states_give_equal_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        write_state(tmp_path, name, copy.deepcopy(STATE))
+        for file, (size, digest) in write_state(tmp_path, name, copy.deepcopy(STATE)).items():
+            content = (tmp_path / file).read_bytes()
+            assert (size, digest) == (len(content), hashlib.sha256(content).hexdigest())
     for suffix in ("json", "safetensors"):
         assert (tmp_path / f"one.{suffix}").read_bytes() == (tmp_path / f"two.{suffix}").read_bytes()
 

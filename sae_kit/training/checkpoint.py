@@ -244,15 +244,15 @@ def write_checkpoint(
         with new_folder(path) as new:
             for name, sae in saes.items():
                 sae.save_model(new / SAES / name)
-            for name, part in parts.items():
-                write_state(new, name, part)
+            hashed = [write_state(new, name, part) for name, part in parts.items()]
             write_json(new / RUN, about)
-            written = sorted(file for file in new.rglob("*") if file.is_file())
+            entries = {name: FileEntry(bytes=n, sha256=sha) for part in hashed for name, (n, sha) in part.items()}
+            written = {file.relative_to(new).as_posix(): file for file in sorted(new.rglob("*")) if file.is_file()}
             manifest = Manifest(
                 format=FORMAT,
                 number=before[-1][0] + 1 if before else 1,
                 milestone=milestone,
-                files={file.relative_to(new).as_posix(): _entry(file) for file in written},
+                files={name: entries.get(name) or _entry(file) for name, file in written.items()},
             )
             write_json(new / MANIFEST, trees.unstructure(manifest))
     if not label:

@@ -158,6 +158,26 @@ def test_other_errors_of_the_system_stay_what_they_are(tmp_path: Path) -> None:
         write(tmp_path, 10)
 
 
+def test_what_a_kill_while_clearing_away_left_goes_with_the_next_checkpoint(tmp_path: Path) -> None:
+    milestone = write(tmp_path, 10, milestone=True, buffer={"rows": torch.ones(3)})
+    for name in ("buffer.json", "buffer.safetensors"):
+        shutil.copy(milestone / name, tmp_path / name)
+    for tokens in (20, 30):
+        write(tmp_path, tokens)
+    before = contents(tmp_path / "checkpoints")
+    for name in ("buffer.json", "buffer.safetensors"):
+        shutil.move(tmp_path / name, milestone / name)
+    (milestone / ".MANIFEST.json.tmp-1-00000000").write_text("{")
+    (tmp_path / ".latest.json.tmp-1-00000000").write_text("{")
+    (tmp_path / "checkpoints" / ".000000000005.tmp-1-00000000").mkdir()
+    (tmp_path / "checkpoints" / ".nonfinite-000000000005.tmp-1-00000000").mkdir()
+    (tmp_path / ".gitignore").write_text("")
+    write(tmp_path, 30)
+    assert contents(tmp_path / "checkpoints").keys() == before.keys()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".gitignore", "checkpoints", "latest.json"]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+
+
 # ---- kill -9 ---------------------------------------------------------------------------------------------------------
 
 KILLS = """
