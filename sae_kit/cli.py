@@ -6,6 +6,7 @@ What a command does is elsewhere; here are its arguments and what is printed.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any, ClassVar
 from sae_kit import config as trees
 from sae_kit._version import __version__
 from sae_kit.arguments import TreeCommand, add_fields, add_sections, set_text
-from sae_kit.errors import SAEKitError
+from sae_kit.errors import SAEKitError, TrainingInterrupted
 
 MODEL = "language model: hub id, folder, or demo"
 DATASET = "text: hub id, file, folder, or demo"
@@ -28,7 +29,7 @@ TREE_COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `sae-kit`; returns the exit status: 0, 2 for a clear error, 130 when interrupted."""
+    """Entry point of `sae-kit`; returns the exit status: 0, 2 for a clear error, 128 + the signal that ended it."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("sae_kit").setLevel(logging.INFO)
     parser = argparse.ArgumentParser(
@@ -57,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (SAEKitError, OSError) as error:  # such as a file that is not there, or a full disk
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
+    except TrainingInterrupted as stop:
+        print(stop, file=sys.stderr)  # noqa: T201
+        return 128 + stop.signal
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)  # noqa: T201
         return 130
@@ -66,7 +70,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(arguments: Sequence[str]) -> None:
     from sae_kit.training.run import run
 
-    result = run(configured("train", arguments))
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--override", action="store_true")
+    given, rest = parser.parse_known_args(arguments)
+    if given.resume is None:
+        cfg = configured("train", rest)
+    else:
+        folder = given.resume.absolute()
+        cfg = configured("train", [str(folder / "run.yaml"), *rest])
+        going_on = dataclasses.replace(cfg.checkpoint, resume="must")
+        cfg = dataclasses.replace(cfg, out=str(folder.parent), name=folder.name, checkpoint=going_on)
+    result = run(cfg, override=given.override)
     for name in result.saes:
         print(result.folder / "saes" / name)  # noqa: T201
 
@@ -194,6 +209,8 @@ class TrainCommand(RunCommand):
         architecture = self._architecture(arguments, tree)
         parser = self.empty_parser()
         parser.add_argument("--import", metavar="FILE.py", help="import a file or module that registers architectures")
+        parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder; flags may change it")
+        parser.add_argument("--override", help="go on though the config has changed")
         self.add_short(parser.add_argument_group("a run of one SAE"))
         sae = parser.add_argument_group(f"the SAE ({architecture}; another --arch shows its own fields)")
         add_fields(sae, list_architectures()[architecture].config, "sae", leave_out=("metadata",))

@@ -17,6 +17,9 @@
     ├── DiskFullError (OSError)             no room for what was to be written
     └── MissingDependencyError (ImportError) a package that is not installed
 
+    KeyboardInterrupt
+    └── TrainingInterrupted                 a signal ended a run, which is saved
+
     UserWarning
     └── UnknownScaleWarning                 a scale that a file asks for and does not hold
 
@@ -30,6 +33,7 @@ from __future__ import annotations
 import difflib
 import errno
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class SAEKitError(Exception):
@@ -89,6 +93,15 @@ class FormatTooNewError(FileFormatError):
 
 class OutputExistsError(SAEKitError, FileExistsError):
     """A folder that would have been overwritten."""
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """A signal ended a run after a whole step; everything is saved. Nothing that catches errors catches it."""
+
+    def __init__(self, number: int, steps: int, tokens: int, checkpoint: Path | None, folder: Path) -> None:
+        where = f"saved step {steps:,} ({tokens:,} tokens) to {checkpoint}" if checkpoint else "nothing could be saved"
+        super().__init__(f"{where} — continue: sae-kit train --resume {folder}")
+        self.signal, self.checkpoint = number, checkpoint
 
 
 class MissingDependencyError(SAEKitError, ImportError):

@@ -28,14 +28,29 @@ from sae_kit.metadata import split_head
 from sae_kit.sae import SAE
 from sae_kit.sae_config import SAEConfig
 from sae_kit.seeding import derive_seed
-from sae_kit.training.callbacks import JSONL, Callback, Console, Wandb
+from sae_kit.training.callbacks import Callback, configured_callbacks
+from sae_kit.training.checkpoint import Checkpoint
 from sae_kit.training.config import RunConfig, SAEEntry
 from sae_kit.training.inputs import Inputs, LiveInputs, open_inputs
+from sae_kit.training.resume import checkpoint_to_resume, go_on
+from sae_kit.training.saving import Saving
 from sae_kit.training.trainer import SAETrainer, TrainingResult
 
 log = logging.getLogger(__name__)
 
-RUN_FILES = frozenset({"run.yaml", "metrics.jsonl", "results.json", "saes", "wandb"})
+RUN_FILES = frozenset(
+    {
+        "run.yaml",
+        "metrics.jsonl",
+        "metrics.csv",
+        "results.json",
+        "results.csv",
+        "saes",
+        "wandb",
+        "checkpoints",
+        "latest.json",
+    }
+)
 """What a run leaves in its folder."""
 
 
@@ -97,44 +112,53 @@ def run(
     tokenizer: Any = None,
     documents: Iterable[str] | None = None,
     callbacks: Sequence[Callback] = (),
+    override: bool = False,
 ) -> RunResult:
-    """Everything from config to saved SAEs. Objects that are passed take the place of what `cfg` names."""
+    """Everything from config to saved SAEs. Objects that are passed take the place of what `cfg` names.
+
+    A run that was interrupted goes on from its newest checkpoint (`checkpoint.resume`); `override` accepts that its
+    config has changed since.
+
+    Raises:
+        TrainingInterrupted: a signal ended it, and it is saved.
+    """
     if not cfg.saes:
         raise ConfigError("saes: there is no SAE to train; give at least one entry")
     pick_device(cfg.train.device, "train.device")
-    folder = make_folder(Path(cfg.out) / (cfg.name or default_name(cfg)))
+    folder = Path(cfg.out) / (cfg.name or default_name(cfg))
+    found = checkpoint_to_resume(cfg, folder, override=override)
+    make_folder(folder, resuming=found is not None)
     inputs, live = open_inputs(cfg, model, tokenizer, documents)
-    saes = build_saes(cfg, inputs)
+    saes = build_saes(cfg, inputs) if found is None else restored_saes(cfg, found)
     store = inputs.open()
     for sae in saes.values():
         sae.cfg.metadata.extra.setdefault("sae_kit", {})["provenance"] = store.provenance
     if live is not None:
         live.hold_out()
-    sinks: list[Callback] = [Console()] if cfg.log.console else []
-    if cfg.log.jsonl:
-        sinks.append(JSONL(folder / "metrics.jsonl"))
-    if cfg.log.wandb is not None:
-        sinks.append(Wandb(cfg.log.wandb, folder, folder.name))
+    observers = [*configured_callbacks(cfg, folder), *callbacks, Saving(cfg.checkpoint, folder, store)]
     final: dict[str, SAE] = {}
     evals: dict[str, Metrics] = {}
 
     def finish() -> dict[str, float | None]:
         """Save what was trained, before the evaluation, which may fail; then evaluate and add what it found."""
+        store.pause()  # what evaluation does to the model must not reach rows that are read ahead
         for name, sae in trainer.saes.items():
             sae.cfg.metadata.extra["sae_kit"]["median_norms"] = store.medians
             final[name] = sae.to_inference()
             final[name].cfg.metadata.num_dead_features = int(trainer.in_training[name].dead.mask().sum())
             final[name].save_model(folder / "saes" / name)
-        found = None if live is None else live.evaluate(final, store.medians)
-        if found is None:
+        report = None if live is None else live.evaluate(final, store.medians)
+        if report is None:
             return {}
-        evals.update(found.metrics)
+        evals.update(report.metrics)
         for name, sae in final.items():
             sae.cfg.metadata.l0 = evals[name]["sparsity"]["l0"]
             sae.save_model(folder / "saes" / name)
         return _flat(evals)
 
-    trainer = SAETrainer(cfg, saes, store, callbacks=[*sinks, *callbacks], evaluate=finish)
+    trainer = SAETrainer(cfg, saes, store, callbacks=observers, evaluate=finish)
+    if found is not None:
+        go_on(trainer, store, found)
     write_text(folder / "run.yaml", trees.dump_yaml(cfg))  # nothing stands in the way any more
     try:
         training = trainer.fit()
@@ -165,6 +189,22 @@ def _flat(evals: Mapping[str, Metrics]) -> dict[str, float | None]:
     }
 
 
+def restored_saes(cfg: RunConfig, found: Checkpoint) -> dict[str, SAE]:
+    """The SAEs of a checkpoint, with the seeds that they had."""
+    if list(found.saes) != list(cfg.saes):
+        raise ConfigError(f"{found.path} holds the SAEs {', '.join(found.saes)}, the run has {', '.join(cfg.saes)}")
+    for name, sae in found.saes.items():
+        sae.seed = _seed(cfg, name)
+        for tensor in (*sae.parameters(), *sae.buffers()):
+            tensor.data = tensor.data.clone()  # where in memory a tensor begins can change the last bits of sums
+    return found.saes
+
+
+def _seed(cfg: RunConfig, name: str) -> int:
+    seed = cfg.saes[name].seed
+    return derive_seed(cfg.seed, "init", name) if seed is None else seed
+
+
 def build_saes(cfg: RunConfig, inputs: Inputs) -> dict[str, SAE]:
     """The SAEs of a run: width and metadata from what it reads, normalisation on unless it was chosen.
 
@@ -172,12 +212,7 @@ def build_saes(cfg: RunConfig, inputs: Inputs) -> dict[str, SAE]:
         HookNotFoundError, ShapeError: a site that is not there, or whose width is not the config's `d_in`.
     """
     metadata = inputs.metadata
-    return {
-        name: _complete(entry, inputs, metadata).build(
-            seed=entry.seed if entry.seed is not None else derive_seed(cfg.seed, "init", name)
-        )
-        for name, entry in cfg.saes.items()
-    }
+    return {name: _complete(entry, inputs, metadata).build(seed=_seed(cfg, name)) for name, entry in cfg.saes.items()}
 
 
 def _complete(entry: SAEEntry, inputs: Inputs, known: Mapping[str, Any]) -> SAEConfig:
@@ -254,22 +289,22 @@ def cache_activations(
     return folder
 
 
-def make_folder(folder: Path) -> Path:
-    """A new folder for a run, tried for writing before any work.
+def make_folder(folder: Path, *, resuming: bool = False) -> Path:
+    """A new folder for a run, or the one of the run that goes on, tried for writing before any work.
 
     Raises:
         OutputExistsError: it holds something already. ConfigError: it cannot be written.
     """
     try:
         taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-        if not taken:
+        if resuming or not taken:
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / ".probe"
             probe.touch()
             probe.unlink()
     except OSError as error:
         raise ConfigError(f"cannot write to the run folder {folder}: {error.strerror}") from error
-    if taken:
+    if taken and not resuming:
         raise OutputExistsError(
             f"{folder} exists and is not empty; nothing was changed. Choose another name or out, or remove it"
         )

@@ -25,6 +25,7 @@ SMALL: dict[str, Any] = {
     "optim": {"lr": 3e-3},
     "eval": {"tokens": 2048, "fidelity_tokens": 1024},
     "log": {"console": False, "every_tokens": 4096},
+    "checkpoint": {"every_tokens": None, "every_minutes": None},
 }
 
 

@@ -1,0 +1,92 @@
+"""Going on with a run: from which checkpoint, and whether the config is still the same."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sae_kit import config as trees
+from sae_kit.data.store import ActivationsStore, with_rows
+from sae_kit.errors import ConfigError, OutputExistsError
+from sae_kit.training.checkpoint import CHECKPOINTS, Checkpoint, newest_checkpoint, read_checkpoint
+from sae_kit.training.config import RunConfig
+from sae_kit.training.trainer import SAETrainer
+
+log = logging.getLogger(__name__)
+
+FREE = (
+    "log",
+    "eval",
+    "checkpoint",
+    "out",
+    "name",
+    "train.device",
+    "model.device",
+    "buffer.device",
+    "buffer.prefetch",
+    "data.workers",
+    "data.tokenize_batch",
+)
+"""What may differ when a run goes on: nothing of it changes what is trained."""
+
+
+def checkpoint_to_resume(cfg: RunConfig, folder: Path, *, override: bool = False) -> Checkpoint | None:
+    """The checkpoint that the run of `cfg` in `folder` goes on from; None = it starts anew.
+
+    `override` accepts a config that differs from the one that the checkpoint was made with.
+
+    Raises:
+        ConfigError: there has to be a checkpoint and there is none, or the config is another one.
+        OutputExistsError: the run is finished.
+    """
+    asked = cfg.checkpoint.resume
+    if asked == "never":
+        return None
+    path = newest_checkpoint(folder) if asked in ("auto", "must") else Path(asked)
+    if path is None:
+        if asked == "must":
+            raise ConfigError(f"checkpoint.resume: there is no checkpoint in {folder / CHECKPOINTS} to go on from")
+        return None
+    found = read_checkpoint(path, verify=asked not in ("auto", "must"))
+    saved = found.run["config"]
+    if (folder / "results.json").exists() and cfg.train.tokens <= saved["train"]["tokens"]:
+        raise OutputExistsError(
+            f"{folder} holds a finished run; nothing was changed. Choose another name or out, or more train.tokens to "
+            "go on with it"
+        )
+    differing = [
+        f"{field}: {before!r} when it was saved, {now!r} now"
+        for field, before, now in differences(saved, trees.unstructure(cfg))
+        if not (field == "train.tokens" and now > before)
+    ]
+    if differing and not override:
+        raise ConfigError(
+            f"{path} was made with another config: {'; '.join(differing)}. Use the same, another name, or --override"
+        )
+    return found
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Fields of two config trees that differ and matter, with both values."""
+    before, after = dict(_leaves(saved)), dict(_leaves(now))
+    fields = dict.fromkeys((*before, *after))
+    return [
+        (field, before.get(field), after.get(field))
+        for field in fields
+        if before.get(field) != after.get(field) and not any(f"{field}.".startswith(f"{free}.") for free in FREE)
+    ]
+
+
+def go_on(trainer: SAETrainer, store: ActivationsStore, found: Checkpoint) -> None:
+    """Set a trainer, whose SAEs are those of the checkpoint, and its stream where they were then."""
+    store.load_state_dict(with_rows(found.state["stream"], found.buffer))
+    trainer.load_state_dict(found.state["trainer"])
+    log.info("going on from %s: step %s, %s tokens", found.path, f"{trainer.steps:,}", f"{trainer.tokens:,}")
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, list(tree) if isinstance(tree, tuple) else tree
