@@ -12,19 +12,20 @@ What is swept in an entry makes entries of one run, which share the forward pass
 
 import dataclasses
 import itertools
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sae_kit import config as trees
 from sae_kit.errors import ConfigError, did_you_mean
 from sae_kit.training.config import SHORT_NAMES, RunConfig, SAEEntry, expand_short_names
+from sae_kit.training.results import RESULTS
 
-if TYPE_CHECKING:
-    from sae_kit.training.run import RunResult
+log = logging.getLogger(__name__)
 
 FieldPath = tuple[str, ...]
 Point = dict[FieldPath, Any]
@@ -90,11 +91,29 @@ def run_configs(tree: Mapping[str, Any]) -> list[RunConfig]:
     return [RunConfig.from_dict(run) for run in expand_sweep(tree)]
 
 
-def train_sweep(tree: Mapping[str, Any], **objects: Any) -> "list[RunResult]":
-    """Train the SAEs of all runs that a tree stands for, one run after the other; `objects` are those of `run`."""
-    from sae_kit.training.run import run
+def train_sweep(tree: Mapping[str, Any], **objects: Any) -> list[Path]:
+    """Train the SAEs of all runs that a tree stands for, one run after the other; their folders.
 
-    return [run(cfg, **objects) for cfg in run_configs(tree)]
+    A run that is finished is left as it is, so that a sweep that was interrupted goes on when it is started again.
+    `objects` are those of `run`.
+    """
+    from sae_kit.training.run import default_name, run
+
+    folders: list[Path] = []
+    for cfg in run_configs(tree):
+        folder = Path(cfg.out) / (cfg.name or default_name(cfg))
+        if _is_finished(folder, cfg):
+            log.info("%s is finished already", folder)
+        else:
+            run(cfg, **objects)
+        folders.append(folder)
+    return folders
+
+
+def _is_finished(folder: Path, cfg: RunConfig) -> bool:
+    """Whether the folder holds the results of this very config."""
+    there = (folder / RESULTS).is_file() and (folder / "run.yaml").is_file()
+    return there and RunConfig.from_dict(trees.load_tree(folder / "run.yaml")) == cfg
 
 
 # ---- what is swept ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Sweeps: what they stand for, in every way of writing them, and what is refused."""
 
 import itertools
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ import yaml
 
 from sae_kit import RunConfig, TopKSAEConfig
 from sae_kit.cli import configured, parse_train
-from sae_kit.errors import ConfigError, UnknownConfigKeyError
+from sae_kit.errors import ConfigError, OutputExistsError, UnknownConfigKeyError
+from sae_kit.training.callbacks import read_metrics
 from sae_kit.training.results import compare
 from sae_kit.training.sweep import LARGEST, expand_sweep, run_configs, train_sweep
 
@@ -157,17 +160,26 @@ def test_a_sweep_without_a_base_needs_exactly_one_sae() -> None:
         expand_sweep({**RUN, "saes": {"seed7": BASE}, "sweep": {"base": BASE, "grid": {"seed": [7]}}})
 
 
-def test_sweeps_train(tmp_path: Path) -> None:
-    """Entries of one run share its pass, and are what they would be alone; runs come one after the other."""
+def test_sweeps_train_and_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Entries of one run share its pass; runs come one after the other, and what is finished is not begun again."""
     fields = {"data": {"context_size": 64}, "buffer": {"tokens": 2048}, "eval": {"at_end": False}}
-    fields |= {"log": {"console": False}, "out": str(tmp_path)}
-    tree = {**sweep(grid={"sae.k": [2, 4], "train.batch_tokens": [256, 512]}), **fields, "tokens": 2048}
-    first, second = train_sweep({**tree, "name": "b{train.batch_tokens}"})
-    assert (first.folder.name, second.folder.name) == ("b256", "b512")
-    assert (first.training.steps, second.training.steps) == (8, 4)
-    assert sorted(path.name for path in (first.folder / "saes").iterdir()) == ["k2", "k4"]
+    fields |= {"log": {"console": False}, "out": str(tmp_path), "tokens": 1024, "name": "b{train.batch_tokens}"}
+    tree = {**sweep(grid={"sae.k": [2, 4], "train.batch_tokens": [256, 512]}), **fields}
+    folders = train_sweep(tree)
+    assert folders == [tmp_path / "b256", tmp_path / "b512"]
+    assert sorted(path.name for path in (folders[0] / "saes").iterdir()) == ["k2", "k4"]
+    assert [read_metrics(folder / "metrics.jsonl")[-1]["step"] for folder in folders] == [4, 2]
     table = compare([tmp_path])
     assert set(table.fields) == {"sae.k", "train.batch_tokens"}
     assert [(row["run"], row["sae"], row["sae.k"], row["train.batch_tokens"], row["tokens"]) for row in table.rows] == [
-        (f"b{rows}", f"k{k}", k, rows, 2048) for rows in (256, 512) for k in (2, 4)
+        (f"b{rows}", f"k{k}", k, rows, 1024) for rows in (256, 512) for k in (2, 4)
     ]
+    shutil.rmtree(folders[1])
+    before = {path: path.stat().st_mtime_ns for path in folders[0].rglob("*")}
+    with caplog.at_level(logging.INFO, "sae_kit"):
+        assert train_sweep(tree) == folders
+    assert caplog.text.count("is finished already") == 1
+    assert {path: path.stat().st_mtime_ns for path in folders[0].rglob("*")} == before
+    assert compare([tmp_path]).rows[2]["sae.k"] == 2
+    with pytest.raises(OutputExistsError):
+        train_sweep({**tree, "seed": 1})
