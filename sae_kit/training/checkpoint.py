@@ -1,4 +1,4 @@
-"""Checkpoints: when they are due, what is in their folders, and which of them stay.
+"""The folders of checkpoints: what is in them, how they are written and read, and which of them stay.
 
     run folder/
       latest.json                     the checkpoint written last; for people and scripts, the reader looks for itself
@@ -13,19 +13,18 @@ The folder is written under a temporary name, brought to the disk and renamed. W
 it does not exist for the reader. Only the trainer writes here, one at a time; anyone may read.
 """
 
-import bisect
+import contextlib
 import errno
 import hashlib
 import logging
 import platform
 import re
 import shutil
-import signal
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -33,9 +32,8 @@ from safetensors import SafetensorError
 from sae_kit import config as trees
 from sae_kit._version import __version__
 from sae_kit.atomic import new_folder, remove_folder, remove_leftovers, write_json
-from sae_kit.config import Tokens, resolve_tokens
 from sae_kit.data.batch import State
-from sae_kit.errors import ConfigError, CorruptFileError, DiskFullError, FormatTooNewError
+from sae_kit.errors import CorruptFileError, DiskFullError, FormatTooNewError
 from sae_kit.sae import SAE
 from sae_kit.states import join_state, read_state, split_state, write_state
 
@@ -45,118 +43,8 @@ FORMAT = 1
 CHECKPOINTS, LATEST, MANIFEST, RUN, SAES = "checkpoints", "latest.json", "MANIFEST.json", "run.json", "saes"
 NAME = re.compile(r"\d{12,}")
 BUFFER = ("buffer.json", "buffer.safetensors")
-DECADES = 1000
-"""the last checkpoint of log spacing has so many times the tokens of the first, but for one step of the spacing"""
 OVERHEAD = 1 << 20
 """bytes that a checkpoint may take beside its tensors: configs, headers, ends of blocks"""
-UNCATCHABLE = ("SIGKILL", "SIGSTOP")
-
-
-# ---- when ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """When the whole state of training is saved, how much of it stays, and where a run goes on from."""
-
-    every_tokens: Tokens | None = "10%"
-    """rows between two checkpoints of linear spacing; None = only by minutes, milestones and signals"""
-    every_minutes: float | None = 30.0
-    """... and at the latest so many minutes after the last one; None = never by the clock"""
-    spacing: Literal["linear", "log"] = "linear"
-    """log = at train.tokens · 1000^(i/count − 1) rows, i = 1 ... count, instead of every_tokens"""
-    count: int = 10
-    """checkpoints of log spacing"""
-    keep: int = 2
-    """newest checkpoints that stay"""
-    milestones: tuple[int, ...] = ()
-    """rows at which a checkpoint is written that stays for good, without the shuffle buffer"""
-    buffer: Literal["save", "drop"] = "save"
-    """save = going on is exact; drop = smaller checkpoints, and going on fills the buffer with what comes next"""
-    signals: tuple[str, ...] = ("SIGINT", "SIGTERM")
-    """signals that save and stop"""
-    resume: str = "auto"
-    """auto = go on from the newest checkpoint if there is one, must = or fail, never = start anew, or a checkpoint"""
-    final: bool = False
-    """one at the very end too; without it a longer run goes on from the last one before"""
-    best: str | None = None
-    """metric whose best checkpoint stays, too"""
-
-    def __post_init__(self) -> None:
-        for name in ("count", "keep"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if self.every_minutes is not None and not self.every_minutes > 0:
-            raise ConfigError(f"every_minutes must be greater than 0 or None, found {self.every_minutes}")
-        if self.spacing == "linear" and self.count != 10:
-            raise ConfigError("count has no meaning in linear spacing: set every_tokens, or choose spacing log")
-        if self.spacing == "log" and self.every_tokens not in ("10%", None):
-            raise ConfigError("every_tokens has no meaning in log spacing: set count, or choose spacing linear")
-        if wrong := [tokens for tokens in self.milestones if tokens < 1]:
-            raise ConfigError(f"milestones: expected numbers of rows of at least 1, found {wrong[0]}")
-        for name in self.signals:
-            if name not in signal.Signals.__members__ or name in UNCATCHABLE:
-                raise ConfigError(
-                    f"signals: expected names of signals that can be caught, like SIGTERM, found {name!r}"
-                )
-
-    def build(self, total: int, batch: int) -> "CheckpointTimes":
-        """The times of a run of `total` rows in steps of `batch`.
-
-        Raises:
-            ConfigError: an interval of no rows, or a milestone beyond the end.
-        """
-        last = total // batch * batch
-        every = None
-        points = list(self.milestones)
-        if beyond := [tokens for tokens in points if tokens > total]:
-            raise ConfigError(f"checkpoint.milestones: {beyond[0]:,} is beyond the end, train.tokens = {total:,}")
-        if self.spacing == "log":
-            points += [round(total * DECADES ** (i / self.count - 1)) for i in range(1, self.count + 1)]
-        elif self.every_tokens is not None:
-            every = resolve_tokens(self.every_tokens, total, "checkpoint.every_tokens")
-            if every < 1:
-                raise ConfigError(f"checkpoint.every_tokens: {self.every_tokens!r} of {total:,} rows is less than one")
-        return CheckpointTimes(
-            every=every,
-            points=tuple(sorted({min(max(point, 1), last) for point in points})),
-            milestones=tuple(sorted({min(point, last) for point in self.milestones})),
-            last=last,
-            minutes=self.every_minutes,
-            final=self.final,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointTimes:
-    """When checkpoints are due; in rows, so that a run that goes on has them where one in one go has them."""
-
-    every: int | None
-    points: tuple[int, ...]
-    """rows beside the multiples of `every`, ascending"""
-    milestones: tuple[int, ...]
-    """those of them that stay for good"""
-    last: int
-    """rows at the end of the run"""
-    minutes: float | None
-    final: bool
-
-    def due(self, before: int, tokens: int, minutes: float = 0.0) -> bool:
-        """Whether a checkpoint follows the step from `before` to `tokens` rows, `minutes` after the last checkpoint."""
-        if _crossed(self.points, before, tokens):
-            return True
-        if tokens >= self.last:
-            return self.final
-        by_rows = self.every is not None and tokens // self.every > before // self.every
-        return by_rows or (self.minutes is not None and minutes >= self.minutes)
-
-    def stays(self, before: int, tokens: int) -> bool:
-        """Whether the checkpoint after this step is one that stays for good."""
-        return _crossed(self.milestones, before, tokens)
-
-
-def _crossed(points: Sequence[int], before: int, tokens: int) -> bool:
-    return bisect.bisect_right(points, before) < bisect.bisect_right(points, tokens)
 
 
 # ---- what is in a folder ---------------------------------------------------------------------------------------------
@@ -365,19 +253,22 @@ def damage(path: Path, *, verify: bool = False) -> str | None:
     Raises:
         FormatTooNewError: a later version wrote it.
     """
-    if not (path / MANIFEST).is_file():
-        return f"there is no {MANIFEST}: it was not written to the end, or not copied to the end"
     try:
         files = _manifest(path).files
+    except FileNotFoundError:
+        return f"there is no {MANIFEST}: it was not written to the end, or not copied to the end"
     except CorruptFileError as error:
         return str(error)
     for name, entry in files.items():
         file = path / name
-        if not file.is_file():
+        try:
+            size = file.stat().st_size
+            changed = verify and size == entry.bytes and _entry(file) != entry
+        except FileNotFoundError:
             return f"{name} is missing"
-        if (size := file.stat().st_size) != entry.bytes:
+        if size != entry.bytes:
             return f"{name} is torn: expected {entry.bytes:,} bytes, found {size:,}"
-        if verify and _entry(file) != entry:
+        if changed:
             return f"{name} does not hold what was written: its hash differs from that in {MANIFEST}"
     return None
 
@@ -389,7 +280,12 @@ def _named(folder: Path) -> list[Path]:
 
 def _in_order(folder: Path) -> list[tuple[int, Path]]:
     """Undamaged checkpoints in the order of writing; a run that was set back may write fewer rows after more."""
-    return sorted((_manifest(path).number, path) for path in _named(folder) if damage(path) is None)
+    found: list[tuple[int, Path]] = []
+    for path in _named(folder):
+        if damage(path) is None:
+            with contextlib.suppress(FileNotFoundError):  # its time has come while we were looking
+                found.append((_manifest(path).number, path))
+    return sorted(found)
 
 
 def _manifest(path: Path) -> Manifest:
@@ -434,28 +330,3 @@ def environment_changes(saved: Mapping[str, Any]) -> list[str]:
     return [
         f"{name}: {saved.get(name)!r} → {value!r}" for name, value in environment().items() if saved.get(name) != value
     ]
-
-
-# ---- the buffer apart ------------------------------------------------------------------------------------------------
-
-
-def part_buffer(stream: State) -> tuple[State, State | None]:
-    """The state of an `ActivationsStore` without the rows of its buffer, and those; None = it has none."""
-    mixing = stream["source"]
-    if (buffer := mixing.get("buffer")) is None:
-        return stream, None
-    return stream | {"source": mixing | {"buffer": {"count": buffer["count"]}}}, buffer
-
-
-def join_buffer(stream: State, buffer: State | None) -> tuple[State, int]:
-    """The inverse of `part_buffer`; without the rows, a state that reads as many others, and how many are lost."""
-    mixing = stream["source"]
-    if mixing.get("buffer") is None:
-        return stream, 0
-    if buffer is not None:
-        return stream | {"source": mixing | {"buffer": buffer}}, 0
-    lost = mixing["buffer"]["count"]
-    contexts, entered, dropped = mixing["numbers"]
-    had_all = entered == mixing["settings"]["train.tokens"]  # as opposed to data that end
-    anew = {"buffer": None, "numbers": [contexts, entered - lost, dropped], "ended": mixing["ended"] and not had_all}
-    return stream | {"source": mixing | anew}, lost

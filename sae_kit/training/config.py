@@ -19,7 +19,7 @@ from sae_kit.data.tokens import DataConfig
 from sae_kit.errors import ConfigError
 from sae_kit.sae_config import SAEConfig
 from sae_kit.training.callbacks.early_stop import EarlyStopConfig
-from sae_kit.training.checkpoint import CheckpointConfig
+from sae_kit.training.checkpoint_times import CheckpointConfig
 from sae_kit.training.init import InitConfig
 from sae_kit.training.optim import USED_BY, OptimConfig
 from sae_kit.training.resampling import ResampleConfig

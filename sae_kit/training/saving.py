@@ -12,7 +12,8 @@ from sae_kit import config as trees
 from sae_kit.data.store import ActivationsStore, without_rows
 from sae_kit.errors import DiskFullError, NonFiniteError, TrainingInterrupted
 from sae_kit.training.callbacks import Callback, Metrics
-from sae_kit.training.checkpoint import CheckpointConfig, write_checkpoint
+from sae_kit.training.checkpoint import write_checkpoint
+from sae_kit.training.checkpoint_times import CheckpointConfig
 
 if TYPE_CHECKING:
     from sae_kit.training.trainer import SAETrainer
