@@ -266,37 +266,40 @@ class ActivationsStore(Iterator[dict[str, Tensor]]):
 HELD = ("buffer", "pending", "pending_contexts")
 
 
-def without_rows(state: State) -> tuple[State, State]:
-    """The state of a store in two parts: where it stands, which is small, and the rows that it holds."""
-    mixed = dict(state["source"])
-    rows = {name: mixed.pop(name) for name in HELD if name in mixed}
-    held = 0 if rows.get("buffer") is None else int(rows["buffer"]["count"])
-    held += len(rows.get("pending_contexts", ())) if rows.get("pending") else 0
-    held += sum(len(next(iter(ready["batch"].values()))) for ready in state["ready"])
-    return {"source": mixed, "counters": state["counters"], "held": held}, {**rows, "ready": state["ready"]}
+def without_rows(state: State) -> tuple[State, State | None]:
+    """The state of a store in two parts: where it stands, which is small, and the rows that it holds.
+
+    A stream that mixes nothing holds none but batches made ahead, which are small, too.
+    """
+    mixed, ready = dict(state["source"]), state["ready"]
+    if "numbers" not in mixed:
+        return state, None
+    rows = {name: mixed.pop(name) for name in HELD}
+    entered = 0 if rows["buffer"] is None else int(rows["buffer"]["count"])
+    entered += sum(len(next(iter(item["batch"].values()))) for item in ready)
+    waiting = len(rows["pending_contexts"]) if rows["pending"] else 0
+    place = {"source": mixed, "counters": state["counters"], "held": {"entered": entered, "waiting": waiting}}
+    return place, {**rows, "ready": ready}
 
 
 def with_rows(place: State, rows: State | None) -> State:
-    """The two parts together again; without the rows the stream goes on with those that come next, and says so.
-
-    Raises:
-        ConfigError: the rows are missing, and the stream has no buffer to fill with others.
-    """
-    mixed = dict(place["source"])
+    """The two parts together again; without the rows the stream goes on with those that come next, and says so."""
+    if "held" not in place:
+        return place
+    source, held = place["source"], place["held"]
     if rows is not None:
-        mixed |= {name: value for name, value in rows.items() if name in HELD}
-        return {"source": mixed, "counters": place["counters"], "ready": rows["ready"]}
-    if place["held"]:
+        source = source | {name: rows[name] for name in HELD}
+        return {"source": source, "counters": place["counters"], "ready": rows["ready"]}
+    if lost := sum(held.values()):
         log.warning(
             "%d activations that were read and not yet trained on were not saved; others take their place, so this is "
             "not bit for bit the run that was interrupted",
-            place["held"],
+            lost,
         )
-    if "numbers" in mixed:
-        contexts, entered, dropped = mixed["numbers"]
-        mixed |= {"buffer": None, "pending": {}, "pending_contexts": torch.empty(0, dtype=torch.int32)}
-        mixed |= {"numbers": [contexts, entered - place["held"], dropped], "ended": False}
-    return {"source": mixed, "counters": place["counters"], "ready": []}
+    contexts, entered, dropped = source["numbers"]
+    anew = {"buffer": None, "pending": {}, "pending_contexts": torch.empty(0, dtype=torch.int32)}
+    anew |= {"numbers": [contexts, entered - held["entered"], dropped], "ended": False}
+    return {"source": source | anew, "counters": place["counters"], "ready": []}
 
 
 def harvest(

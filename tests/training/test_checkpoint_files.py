@@ -1,4 +1,4 @@
-"""Checkpoints are due when they should be, hold what was written, open as SAEs, and stay as long as they should."""
+"""Checkpoints hold what was written, open as SAEs, and stay as long as they should."""
 
 import json
 import logging
@@ -16,104 +16,16 @@ from helpers import estimated, every_trainable, inputs, make_sae
 
 from sae_kit import SAE
 from sae_kit.data.buffer import BufferConfig
-from sae_kit.data.store import ActivationsStore
-from sae_kit.errors import ConfigError, CorruptFileError, FormatTooNewError, SAEKitError
+from sae_kit.data.store import ActivationsStore, with_rows, without_rows
+from sae_kit.errors import CorruptFileError, FormatTooNewError, SAEKitError
 from sae_kit.training import checkpoint as module
 from sae_kit.training.checkpoint import (
-    CheckpointConfig,
     environment,
     environment_changes,
     find_checkpoints,
-    join_buffer,
     newest_checkpoint,
-    part_buffer,
     read_checkpoint,
 )
-
-# ---- when ------------------------------------------------------------------------------------------------------------
-
-
-def written_at(total: int, batch: int, start: int = 0, **fields: Any) -> list[int]:
-    """Where a run of whole batches has checkpoints, in units of rows."""
-    times = CheckpointConfig(**fields).build(total, batch)
-    return [t + batch for t in range(start, total // batch * batch, batch) if times.due(t, t + batch)]
-
-
-def test_linear_spacing_is_at_the_first_step_that_reaches_a_multiple() -> None:
-    assert written_at(1000, 10) == list(range(100, 1000, 100))
-    assert written_at(1000, 64, every_tokens=250) == [256, 512, 768]
-    assert written_at(1000, 64, every_tokens=250, final=True) == [256, 512, 768, 960]
-    assert written_at(1000, 100, every_tokens=30) == list(range(100, 1000, 100)), "once a step, not three times"
-    assert written_at(1000, 100, every_tokens=None) == []
-
-
-def test_log_spacing_is_at_the_tokens_of_its_formula() -> None:
-    total, count = 10**4, 6
-    expected = [total * 1000 ** (i / count - 1) for i in range(1, count + 1)]
-    assert [round(at) for at in expected] == [32, 100, 316, 1000, 3162, 10000]
-    assert written_at(total, 1, spacing="log", count=count) == [round(at) for at in expected]
-    batch = 64
-    steps = {min(-(-round(at) // batch), total // batch) * batch for at in expected}
-    assert written_at(total, batch, spacing="log", count=count) == sorted(steps)
-    assert sorted(steps)[-1] == total // batch * batch, "the last one is there, though the run has whole batches"
-    assert written_at(total, batch, spacing="log", count=1) == [total // batch * batch]
-
-
-@pytest.mark.parametrize(
-    "fields", [{}, {"every_tokens": 330, "final": True}, {"spacing": "log"}, {"milestones": (7, 505)}]
-)
-def test_a_run_that_goes_on_has_its_checkpoints_where_one_in_one_go_has_them(fields: dict[str, Any]) -> None:
-    whole = written_at(1000, 8, **fields)
-    for at in whole:
-        assert written_at(1000, 8, at, **fields) == [tokens for tokens in whole if tokens > at]
-
-
-def test_milestones_are_due_and_stay() -> None:
-    times = CheckpointConfig(milestones=(150, 995), every_tokens=400).build(1000, 20)
-    steps = [(t, t + 20) for t in range(0, 1000, 20)]
-    assert [after for before, after in steps if times.due(before, after)] == [160, 400, 800, 1000]
-    assert [after for before, after in steps if times.stays(before, after)] == [160, 1000]
-
-
-def test_the_clock_counts_too_but_not_at_the_end() -> None:
-    times = CheckpointConfig(every_minutes=5.0, every_tokens=None).build(1000, 10)
-    assert [times.due(10, 20, minutes) for minutes in (0.0, 4.9, 5.0, 60.0)] == [False, False, True, True]
-    assert not times.due(990, 1000, 60.0)
-    assert not CheckpointConfig(every_minutes=None, every_tokens=None).build(1000, 10).due(10, 20, 1e6)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"keep": 0}, "keep must be at least 1, found 0"),
-        ({"spacing": "log", "count": 0}, "count must be at least 1"),
-        ({"every_minutes": 0.0}, "every_minutes must be greater than 0 or None, found 0.0"),
-        ({"every_minutes": float("nan")}, "every_minutes must be greater than 0"),
-        ({"count": 5}, "count has no meaning in linear spacing"),
-        ({"spacing": "log", "every_tokens": 10}, "every_tokens has no meaning in log spacing"),
-        ({"milestones": (0,)}, "milestones: expected .* at least 1, found 0"),
-        ({"signals": ("TERM",)}, "signals: expected names of signals .* found 'TERM'"),
-        ({"signals": ("SIGKILL",)}, "signals: .* that can be caught, .* found 'SIGKILL'"),
-    ],
-)  # fmt: skip
-def test_configs_that_make_no_sense_are_refused(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        CheckpointConfig(**fields)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"every_tokens": 0}, "every_tokens: 0 of 1,000 rows is less than one"),
-        ({"every_tokens": "0.01%"}, "every_tokens: '0.01%' of 1,000 rows"),
-        ({"every_tokens": "half"}, "checkpoint.every_tokens: expected a number of tokens"),
-        ({"milestones": (500, 1001)}, "milestones: 1,001 is beyond the end, train.tokens = 1,000"),
-    ],
-)
-def test_times_that_a_run_cannot_have_are_refused(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        CheckpointConfig(**fields).build(1000, 10)
-
 
 # ---- what is in them -------------------------------------------------------------------------------------------------
 
@@ -336,18 +248,15 @@ def test_a_stream_goes_on_with_its_buffer_or_without(chunks: int, steps: int, tm
 
     whole = store()
     before = [next(whole) for _ in range(steps)]
-    stream, buffer = part_buffer(whole.state_dict())
+    stream, buffer = without_rows(whole.state_dict())
     path = write(tmp_path, 16 * steps, state={"stream": stream}, buffer=buffer)
     expected = given(whole)
     read = read_checkpoint(path)
-    state, lost = join_buffer(read.state["stream"], read.buffer)
-    assert lost == 0
     exact = store()
-    exact.load_state_dict(state)
+    exact.load_state_dict(with_rows(read.state["stream"], read.buffer))
     assert given(exact) == expected
-    anew = store()
-    state, lost = join_buffer(read.state["stream"], None)
-    anew.load_state_dict(state)
+    anew, lost = store(), sum(stream["held"].values())
+    anew.load_state_dict(with_rows(read.state["stream"], None))
     found = [row for batch in given(anew) for row in batch]
     assert lost > 0
     seen = {row for batch in before for row in batch["rows"][:, 0].tolist()}
@@ -358,7 +267,8 @@ def test_a_stream_goes_on_with_its_buffer_or_without(chunks: int, steps: int, tm
         each.close()
 
 
-def test_a_stream_without_a_buffer_has_nothing_apart() -> None:
-    stream = {"source": {"position": 3}, "ready": [], "counters": None}
-    assert part_buffer(stream) == (stream, None)
-    assert join_buffer(stream, None) == (stream, 0)
+def test_a_stream_that_mixes_nothing_keeps_the_batches_made_ahead() -> None:
+    state = {"source": {"position": 3}, "ready": [{"batch": {"a": torch.ones(2, 3)}}], "counters": None}
+    place, rows = without_rows(state)
+    assert rows is None
+    assert with_rows(place, rows) is state
