@@ -144,7 +144,7 @@ def run(
         store.pause()  # what evaluation does to the model must not reach rows that are read ahead
         for name, sae in trainer.saes.items():
             sae.cfg.metadata.extra["sae_kit"]["median_norms"] = store.medians
-            final[name] = sae.to_inference()
+            final[name] = trainer.in_training[name].for_use().to_inference()
             final[name].cfg.metadata.num_dead_features = int(trainer.in_training[name].dead.mask().sum())
             final[name].save_model(folder / "saes" / name)
         report = None if live is None else live.evaluate(final, store.medians)

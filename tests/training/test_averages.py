@@ -1,12 +1,15 @@
 """Averaged weights, and the controller that brings L0 to a target."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import BATCH, every_trainable, make_config, make_sae, run_config, sparse_batches
 
+import sae_kit
+from sae_kit import SAE, TopKSAEConfig
 from sae_kit.errors import ConfigError
 from sae_kit.training.controllers import L0Controller
 from sae_kit.training.part import SAEInTraining
@@ -49,6 +52,28 @@ def test_averages_of_half_precision_are_kept_in_float32() -> None:
     assert part.ema is not None
     assert {average.dtype for average in part.ema.weights.values()} == {torch.float32}
     assert part.for_use().dtype == torch.bfloat16
+
+
+def test_a_run_evaluates_and_saves_the_average(tmp_path: Path) -> None:
+    result = sae_kit.train(
+        model="demo",
+        dataset="demo",
+        hook="blocks.2.hook_resid_pre",
+        sae=TopKSAEConfig(d_sae=128, k=8, decoder_norm_constraint="unit"),
+        tokens=2048,
+        out=str(tmp_path),
+        data={"context_size": 64},
+        buffer={"tokens": 1024},
+        train={"batch_tokens": 512},
+        optim={"lr": 3e-3, "ema": 0.9},
+        eval={"at_end": False},
+        log={"console": False},
+    )
+    saved = SAE.load_from_disk(result.folder / "saes" / "sae").W_dec
+    assert torch.equal(saved, result.saes["sae"].W_dec)
+    trained = result.training.saes["sae"].to_inference().W_dec
+    assert not torch.allclose(saved, trained, atol=1e-4), "not the weights of the last step"
+    assert torch.allclose(saved, trained, atol=0.1)
 
 
 def test_resampled_latents_are_averaged_anew() -> None:
