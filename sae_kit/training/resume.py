@@ -8,7 +8,13 @@ from typing import Any
 from sae_kit import config as trees
 from sae_kit.data.store import ActivationsStore, with_rows
 from sae_kit.errors import ConfigError, OutputExistsError
-from sae_kit.training.checkpoint import CHECKPOINTS, Checkpoint, newest_checkpoint, read_checkpoint
+from sae_kit.training.checkpoint import (
+    CHECKPOINTS,
+    Checkpoint,
+    environment_changes,
+    newest_checkpoint,
+    read_checkpoint,
+)
 from sae_kit.training.config import RunConfig
 from sae_kit.training.trainer import SAETrainer
 
@@ -63,6 +69,8 @@ def checkpoint_to_resume(cfg: RunConfig, folder: Path, *, override: bool = False
         raise ConfigError(
             f"{path} was made with another config: {'; '.join(differing)}. Use the same, another name, or --override"
         )
+    if changes := environment_changes(found.run["environment"]):
+        log.warning("not bit for bit the run that was interrupted, because of %s", "; ".join(changes))
     return found
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import contents, names, small, write
-from helpers import estimated, every_trainable, inputs, make_sae
+from helpers import estimated, every_trainable, inputs, make_sae, run_config
 
 from sae_kit import SAE
+from sae_kit import config as trees
 from sae_kit.data.buffer import BufferConfig
 from sae_kit.data.store import ActivationsStore, with_rows, without_rows
 from sae_kit.errors import CorruptFileError, FormatTooNewError, SAEKitError
@@ -26,6 +27,7 @@ from sae_kit.training.checkpoint import (
     newest_checkpoint,
     read_checkpoint,
 )
+from sae_kit.training.resume import checkpoint_to_resume
 
 # ---- what is in them -------------------------------------------------------------------------------------------------
 
@@ -88,6 +90,21 @@ def test_what_bits_depend_on_is_compared() -> None:
     assert environment_changes(now | {"torch": "1.0", "threads": 10**6}) == [
         f"torch: '1.0' → {now['torch']!r}",
         f"threads: 1000000 → {now['threads']}",
+    ]
+
+
+def test_going_on_elsewhere_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = run_config()
+    write(tmp_path, 10, run={"config": trees.unstructure(cfg)})
+    assert checkpoint_to_resume(cfg, tmp_path) is not None
+    assert not caplog.records
+    now = environment()
+    monkeypatch.setattr(module, "environment", lambda: now | {"torch": "9.9"})
+    assert checkpoint_to_resume(cfg, tmp_path) is not None
+    assert caplog.messages == [
+        f"not bit for bit the run that was interrupted, because of torch: {now['torch']!r} → '9.9'"
     ]
 
 
