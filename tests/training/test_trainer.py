@@ -144,14 +144,22 @@ def test_coefficients_warm_up_from_zero() -> None:
 
 ONE_PASS = [name for name in TRAINABLE if list_architectures()[name].sae.has_preactivations]
 """Without pursuits, which ask after every latent who is done."""
+PENALISED = ("standard", "jumprelu", "gated")
 
 
-@pytest.mark.parametrize("sparse_below", [None, 0.0])
+@pytest.mark.parametrize(
+    ("sparse_below", "optim", "accumulate"),
+    [(None, {"lr": 3e-3}, 1), (0.0, {"lr": 3e-3, "amsgrad": True}, 1), (0.0, {"name": "signum", "ema": 0.9}, 2)],
+)
 @pytest.mark.parametrize("name", ONE_PASS)
-def test_a_step_that_logs_nothing_does_not_wait_for_the_device(name: str, sparse_below: float | None) -> None:
+def test_a_step_that_logs_nothing_does_not_wait_for_the_device(
+    name: str, sparse_below: float | None, optim: dict[str, Any], accumulate: int
+) -> None:
     """Except to count, once, what passes a threshold: unless codes are dense in any case, or their number is known."""
-    sae = make_config(name).build()
-    part = SAEInTraining(run_config(10**6, train={"sparse_below": sparse_below}), "sae", sae)
+    steered: dict[str, Any] = {"target_l0": 4.0} if name in PENALISED else {}
+    sae = make_config(name, **steered).build()
+    cfg = run_config(10**6, train={"sparse_below": sparse_below, "accumulate": accumulate}, optim=optim)
+    part = SAEInTraining(cfg, "sae", sae)
     data = list(batches(6))
     part.step(Batch(data[0], data[0]), 0, 1.0)  # reads the list of dead latents once
 
