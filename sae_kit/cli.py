@@ -1,4 +1,4 @@
-"""The command line: `sae-kit train`, `cache`, `pretokenize`, `demo`, `env`.
+"""The command line: `sae-kit train`, `compare`, `cache`, `pretokenize`, `demo`, `env`.
 
 What a command does is elsewhere; here are its arguments and what is printed.
 """
@@ -28,6 +28,10 @@ TREE_COMMANDS = {
 }
 
 
+SOME_FAILED = 3
+"""Exit status of a run that went to its end without an SAE that diverged."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `sae-kit`; returns the exit status: 0, 2 for a clear error, 128 + the signal that ended it."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
@@ -40,6 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo = commands.add_parser("demo", help="train an SAE on the built-in model, offline, and show what it learned")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="root of every random generator (default: %(default)s)")
+    table = commands.add_parser("compare", help="the SAEs of runs side by side: a table, files, a plot")
+    table.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or of several")
+    table.add_argument("--out", type=Path, metavar="FOLDER", help="write comparison.json and comparison.csv to it")
+    table.add_argument("--plot", type=Path, metavar="FILE", help="draw L0 against fidelity, as .png or .svg")
     commands.add_parser("env", help="print versions and devices, for bug reports")
     for name, text in TREE_COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
@@ -51,10 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from sae_kit.demo.run import demo as run_demo
 
             run_demo(given.out, seed=given.seed)
+        elif given.command == "compare":
+            from sae_kit.training.results import compare, show
+
+            show(compare(given.runs, out=given.out, plot=given.plot))
         elif given.command == "env":
             _print_environment()
         else:
-            {"train": _train, "cache": _cache, "pretokenize": _pretokenize}[given.command](rest)
+            return {"train": _train, "cache": _cache, "pretokenize": _pretokenize}[given.command](rest) or 0
     except (SAEKitError, OSError) as error:  # such as a file that is not there, or a full disk
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
@@ -67,23 +79,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _train(arguments: Sequence[str]) -> None:
+def _train(arguments: Sequence[str]) -> int:
+    from sae_kit.training.results import FAILED, compare, read_results, show
     from sae_kit.training.run import run
+    from sae_kit.training.sweep import run_configs, train_sweep
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--override", action="store_true")
     given, rest = parser.parse_known_args(arguments)
     if given.resume is None:
-        cfg = configured("train", rest)
+        tree = parse_train(rest)
+        cfg, *more = run_configs(tree)
+        if more:
+            folders = train_sweep(tree)
+            show(compare(folders))
+            return SOME_FAILED if any(r["status"] == FAILED for f in folders for r in read_results(f).values()) else 0
     else:
         folder = given.resume.absolute()
         cfg = configured("train", [str(folder / "run.yaml"), *rest])
         going_on = dataclasses.replace(cfg.checkpoint, resume="must")
         cfg = dataclasses.replace(cfg, out=str(folder.parent), name=folder.name, checkpoint=going_on)
     result = run(cfg, override=given.override)
+    if len(result.saes) > 1:
+        show(compare([result.folder]))
     for name in result.saes:
         print(result.folder / "saes" / name)  # noqa: T201
+    return SOME_FAILED if FAILED in result.training.status.values() else 0
 
 
 def _cache(arguments: Sequence[str]) -> None:

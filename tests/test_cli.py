@@ -215,3 +215,19 @@ def test_errors_are_one_clear_line(
     assert main(words) == 2
     assert capsys.readouterr().err.splitlines()[-1] == message, "a refused run leaves nothing in its own way"
     assert main(["train", "nowhere.yaml"]) == 2
+
+
+def test_a_sweep_trains_and_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--data.context_size", "64", "--buffer.tokens", "4096", "--train.batch_tokens", "512", "--log.console"]
+    small += ["false", "--eval.tokens", "1024", "--eval.fidelity_tokens", "256", "--checkpoint.every_tokens", "null"]
+    run = [*TRAIN[:-1], "4096", "--sae.d_sae", "128", *small, "--out", str(tmp_path), "--name", "run"]
+    assert main(["train", *run, "sweep.grid.sae.k=[4,8]"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("/saes/") == 2
+    assert "CE score" in printed
+    plot = tmp_path / "pareto.svg"
+    assert main(["compare", str(tmp_path / "run"), "--out", str(tmp_path / "table"), "--plot", str(plot)]) == 0
+    assert "EV" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "table" / "comparison.json").read_text())) == 2
+    assert plot.read_text().startswith("<?xml")
+    assert main(["compare", str(tmp_path / "nothing")]) == 2

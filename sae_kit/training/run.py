@@ -2,7 +2,8 @@
 
 - `run.yaml`: the whole config tree
 - `metrics.jsonl`: every row of metrics, the evaluation last
-- `results.json`: for each SAE its config, token counts, dead latents and the held-out evaluation
+- `results.json`, `results.csv`: for each SAE its config, status, token counts, dead latents and the held-out evaluation
+- `checkpoints/`: the whole state of training, from which a run goes on
 - `saes/NAME/`: the SAE, ready for use
 """
 
@@ -19,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from sae_kit import config as trees
-from sae_kit.atomic import write_json, write_text
+from sae_kit.atomic import write_text
 from sae_kit.data.cache import push_cache, write_cache
 from sae_kit.devices import pick_device
 from sae_kit.errors import ConfigError, OutputExistsError, ShapeError
@@ -32,6 +33,7 @@ from sae_kit.training.callbacks import Callback, configured_callbacks
 from sae_kit.training.checkpoint import Checkpoint
 from sae_kit.training.config import RunConfig, SAEEntry
 from sae_kit.training.inputs import Inputs, LiveInputs, open_inputs
+from sae_kit.training.results import write_results
 from sae_kit.training.resume import checkpoint_to_resume, go_on
 from sae_kit.training.saving import Saving
 from sae_kit.training.trainer import SAETrainer, TrainingResult
@@ -167,6 +169,7 @@ def run(
     results = {
         name: {
             "config": trees.unstructure(cfg.saes[name]),
+            "status": training.status[name],
             "tokens": training.tokens,
             "tokens_per_second": training.tokens_per_second,
             "dead_fraction": trainer.in_training[name].dead_fraction(),
@@ -175,7 +178,7 @@ def run(
         }
         for name in final
     }
-    write_json(folder / "results.json", results)
+    write_results(folder, results)
     return RunResult(folder, final, evals, training)
 
 

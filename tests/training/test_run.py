@@ -48,6 +48,7 @@ def test_the_folder_holds_everything(result: RunResult) -> None:
     names = sorted(p.relative_to(result.folder).as_posix() for p in result.folder.rglob("*") if p.is_file())
     assert names == [
         "metrics.jsonl",
+        "results.csv",
         "results.json",
         "run.yaml",
         "saes/sae/cfg.json",
