@@ -34,7 +34,7 @@ class TrainingMetrics:
 
     def _reset(self) -> None:
         device, shape = self._sae.device, self._sae.geometry.out_shape
-        self._sums: dict[str, Tensor] = {}
+        self._sums = NamedSums(device)
         sites = math.prod(shape[:-1])
         self._rows = torch.zeros((), dtype=torch.float64, device=device)
         self._mean = torch.zeros(sites, shape[-1], dtype=torch.float64, device=device)
@@ -45,7 +45,7 @@ class TrainingMetrics:
     def _open_step(self) -> None:
         """What a step adds waits until it is known whether the step counts."""
         self._step_rows = 0
-        self._step_sums: dict[str, Tensor] = {}
+        self._step_sums = NamedSums(self._mean.device)
         self._step_squared_error = torch.zeros_like(self._m2)
         self._step_targets = [Moments(self._mean.shape[1], device=self._mean.device) for _ in self._mean]
 
@@ -54,27 +54,25 @@ class TrainingMetrics:
         self, run: Pass, losses: Losses, target: Float[Tensor, "rows ..."], fired: Int[Tensor, " n_latents"]
     ) -> None:
         """Add a pass; `target` holds the raw rows to reproduce, `fired` in how many of them each latent was on."""
-        rows, sums = len(target), self._step_sums
+        rows = len(target)
         self._step_rows += rows
-        for name, term in {"overall_loss": losses.total, **losses.terms}.items():
-            _add(sums, f"losses/{name}", term.double() * rows)
-        for name, value in run.encoding.details.items():
-            _add(sums, f"metrics/{name}", value.double() * rows)
+        values = {f"losses/{name}": term for name, term in {"overall_loss": losses.total, **losses.terms}.items()}
+        values |= {f"metrics/{name}": value for name, value in run.encoding.details.items()}
+        values["metrics/l0"] = fired.sum().double() / rows
+        self._step_sums.add(list(values), rows * torch.stack([value.detach().double() for value in values.values()]))
         error = self._sae.norm_target.undo(run.y_hat, run.scale, run.shift) - target
         for moments, values in zip(self._step_targets, _by_site(target), strict=True):
             moments.update(values)
         self._step_squared_error += torch.stack([each.square().sum(dtype=torch.float64) for each in _by_site(error)])
-        _add(sums, "active", fired.sum().double())
 
     @torch.no_grad()
     def settle(self, grad_norm: Float[Tensor, ""], clip: float | None, bad: Bool[Tensor, ""]) -> None:
         """The step is over; where it was skipped, nothing of it is counted."""
         sums, rows = self._step_sums, self._step_rows
-        _add(sums, "grad_norm", grad_norm.double())
-        _add(sums, "clipped", (grad_norm > (math.inf if clip is None else clip)).double())
-        _add(sums, "steps", torch.ones_like(self._rows))
-        for name, value in sums.items():
-            _add(self._sums, name, torch.where(bad, 0.0, value))
+        clipped = grad_norm > (math.inf if clip is None else clip)
+        of_step = torch.stack([grad_norm.double(), clipped.double(), torch.ones_like(self._rows)])
+        totals = torch.where(bad, 0.0, torch.cat([sums.totals, of_step]))
+        self._sums.add([*sums.names, "grad_norm", "clipped", "steps"], totals)
         mean = torch.stack([moments.mean for moments in self._step_targets])
         m2 = torch.stack([moments.m2 for moments in self._step_targets])
         total, delta = self._rows + rows, mean - self._mean  # as `Moments` merges, with a count on the device
@@ -102,7 +100,7 @@ class TrainingMetrics:
 
     def take(self) -> dict[str, float | int]:
         """Values by name, of all steps since the last call; NaN if none of them counted."""
-        sae, sums = self._sae, {name: value.item() for name, value in self._sums.items()}
+        sae, sums = self._sae, self._sums.read()
         rows, steps = self._rows.item() or math.nan, sums.get("steps") or math.nan
         totals = [value.item() for value in self._m2]
         errors = [value.item() for value in self._squared_error]
@@ -113,10 +111,10 @@ class TrainingMetrics:
         since = sae.tokens_since_fired
         metrics: dict[str, float | int] = {
             "losses/overall_loss": math.nan,
+            "metrics/l0": math.nan,
             **means,
             "metrics/explained_variance": 1 - fvu,
             "metrics/fvu": fvu,
-            "metrics/l0": sums.get("active", math.nan) / rows,
             "metrics/mean_log10_feature_sparsity": torch.log10(density + 1e-10).mean().item(),
             "sparsity/dead_features": int(dead),
             "sparsity/dead_fraction": dead / sae.geometry.n_latents,
@@ -136,7 +134,8 @@ class TrainingMetrics:
 
     def state_dict(self) -> State:
         """Where the windows stand, between two steps."""
-        return {name: getattr(self, f"_{name}") for name in STATE} | {"sums": dict(self._sums)}
+        sums = {"names": list(self._sums.names), "totals": self._sums.totals}
+        return {name: getattr(self, f"_{name}") for name in STATE} | {"sums": sums}
 
     def load_state_dict(self, state: State) -> None:
         """Go on from there."""
@@ -144,12 +143,30 @@ class TrainingMetrics:
         for name in STATE:
             value = state[name]
             setattr(self, f"_{name}", value.to(device, copy=True) if isinstance(value, Tensor) else value)
-        self._sums = {name: value.to(device, copy=True) for name, value in state["sums"].items()}
+        self._sums = NamedSums(device)
+        self._sums.add(list(state["sums"]["names"]), state["sums"]["totals"].to(device))
 
 
-def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
-    value = value.detach()
-    sums[name] = sums[name] + value if name in sums else value
+class NamedSums:
+    """Totals by name in one tensor, so that a step adds to all of them at once; names may come later than others."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.names: list[str] = []
+        self.totals: Float[Tensor, " names"] = torch.zeros(0, dtype=torch.float64, device=device)
+
+    def add(self, names: list[str], values: Float[Tensor, " given"]) -> None:
+        """Add one value to each of these totals."""
+        if names != self.names:
+            new = [name for name in names if name not in self.names]
+            self.totals = torch.cat([self.totals, self.totals.new_zeros(len(new))])
+            self.names = self.names + new
+            given = dict(zip(names, values.unbind(), strict=True))
+            values = torch.stack([given.get(name, values.new_zeros(())) for name in self.names])
+        self.totals = self.totals + values
+
+    def read(self) -> dict[str, float]:
+        """All totals, in one transfer from the device."""
+        return {name: value.item() for name, value in zip(self.names, self.totals.cpu(), strict=True)}
 
 
 def _by_site(rows: Float[Tensor, "rows ..."]) -> list[Float[Tensor, "rows width"]]:
