@@ -80,6 +80,7 @@ def test_a_signal_saves_and_the_run_goes_on(tmp_path: Path, straight: Path, step
         run(config(tmp_path), callbacks=[Stop(step, number)])
     assert signal.getsignal(number) == before
     assert stopped.value.signal == number
+    assert stopped.value.checkpoint is not None
     assert stopped.value.checkpoint == tmp_path / "run" / "checkpoints" / f"{step * 512:012d}"
     opened = SAE.load_from_disk(stopped.value.checkpoint / "saes" / "a")
     assert int(opened.tokens_seen) == step * 512
