@@ -93,7 +93,7 @@ def remove_leftovers(folder: Path, of: re.Pattern[str]) -> None:
     for path in folder.iterdir():
         if is_leftover(path, of):
             if path.is_dir():
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)  # the next one tries again
             else:
                 path.unlink(missing_ok=True)
 

@@ -111,37 +111,24 @@ def write_checkpoint(
         DiskFullError: no room. SAEKitError: an SAE holds values that are not finite. ValueError: a state or a name
         that cannot be written. OSError: the folder cannot be written. The checkpoints of before are as they were.
     """
-    for name in saes:
-        if not name or name != PurePosixPath(name).name or name == ".." or "\\" in name:
-            raise ValueError(f"the SAE {name!r}: expected the name of one folder")
     about, tensors = split_state({**run, "tokens": tokens, "saes": list(saes), "environment": environment()})
     if tensors:
         raise ValueError(f"run: expected JSON values, found tensors at {', '.join(tensors)}; they belong to the state")
+    if wrong := [name for name in saes if name != PurePosixPath(name).name or name in ("", "..") or "\\" in name]:
+        raise ValueError(f"the SAE {wrong[0]!r}: expected the name of one folder")
     folder = root / CHECKPOINTS
     path = folder / (f"{label}-{tokens:012d}" if label else f"{tokens:012d}")
     parts = {"state": state} | ({} if buffer is None else {"buffer": buffer})
-    needed = (
-        OVERHEAD + sum(_bytes(part) for part in parts.values()) + sum(_bytes(sae.state_dict()) for sae in saes.values())
-    )
+    needed = OVERHEAD + sum(map(_bytes, (*parts.values(), *(sae.state_dict() for sae in saes.values()))))
     with _room(folder, needed, tokens):
         folder.mkdir(parents=True, exist_ok=True)
         _clean(root)
-        before = _in_order(folder)
+        number = max((before for before, _ in _in_order(folder)), default=0) + 1
         if (free := shutil.disk_usage(folder).free) < needed:
             raise OSError(errno.ENOSPC, f"{free:,} bytes are free")
         with new_folder(path) as new:
-            for name, sae in saes.items():
-                sae.save_model(new / SAES / name)
-            hashed = [write_state(new, name, part) for name, part in parts.items()]
-            write_json(new / RUN, about)
-            entries = {name: FileEntry(bytes=n, sha256=sha) for part in hashed for name, (n, sha) in part.items()}
-            written = {file.relative_to(new).as_posix(): file for file in sorted(new.rglob("*")) if file.is_file()}
-            manifest = Manifest(
-                format=FORMAT,
-                number=before[-1][0] + 1 if before else 1,
-                milestone=milestone,
-                files={name: entries.get(name) or _entry(file) for name, file in written.items()},
-            )
+            files = _write_parts(new, saes, parts, about)
+            manifest = Manifest(format=FORMAT, number=number, milestone=milestone, files=files)
             write_json(new / MANIFEST, trees.unstructure(manifest))
     if not label:
         try:  # the checkpoint is there, whatever becomes of this
@@ -150,6 +137,19 @@ def write_checkpoint(
         except OSError as error:
             log.warning("%s is written, but older checkpoints could not be cleared away: %s", path, error)
     return path
+
+
+def _write_parts(
+    folder: Path, saes: Mapping[str, SAE], parts: Mapping[str, State], about: object
+) -> dict[str, FileEntry]:
+    """Everything but the manifest, and what it says; states are hashed as they are written."""
+    for name, sae in saes.items():
+        sae.save_model(folder / SAES / name)
+    hashed = [write_state(folder, name, part) for name, part in parts.items()]
+    write_json(folder / RUN, about)
+    known = {name: FileEntry(bytes=size, sha256=sha) for part in hashed for name, (size, sha) in part.items()}
+    written = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {name: known.get(name) or _entry(file) for name, file in written.items()}
 
 
 @contextmanager
