@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -219,6 +220,22 @@ def test_files_and_folders_that_fail_leave_nothing_and_change_nothing(tmp_path: 
     with atomic.new_folder(tmp_path / "folder") as new:
         (new / "y").write_text("new")
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["y"]
+
+
+def test_a_folder_is_replaced_before_the_old_one_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    delete = shutil.rmtree
+
+    def look_and_delete(path: Path, **options: Any) -> None:
+        seen.append((tmp_path / "folder" / "x").read_text())
+        delete(path, **options)
+
+    for text in ("old", "new"):
+        with atomic.new_folder(tmp_path / "folder") as new:
+            (new / "x").write_text(text)
+        monkeypatch.setattr(shutil, "rmtree", look_and_delete)
+    assert set(seen) == {"new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_leftovers_go_and_nothing_else_does(tmp_path: Path) -> None:
