@@ -100,6 +100,9 @@ def test_one_sae_that_diverges_is_frozen_and_the_others_end_as_if_it_had_not(cap
     for name in ("one", "three"):
         torch.testing.assert_close(ill[name].state_dict(), healthy[name].state_dict(), rtol=0, atol=0)
     assert ill["two"].tokens_seen == 10 * BATCH
+    resumed = SAETrainer(cfg, saes(), [], callbacks=[])
+    resumed.load_state_dict(trainer.state_dict())
+    assert [part.failed for part in resumed.in_training.values()] == [False, True, False], "and stays so"
     assert all(parameter.isfinite().all() for parameter in ill["two"].parameters())
 
 
