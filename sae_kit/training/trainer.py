@@ -202,8 +202,10 @@ class SAETrainer:
                 raise ShapeError(f"SAE {name!r} expects {what} of shape [{wanted}], found {list(rows.shape)}")
         if not len(x):
             raise DataError(f"SAE {name!r} was given an empty batch: expected at least one row")
-        moved = x.to(sae.device, non_blocking=True)
-        return Batch(moved, moved if y is x else y.to(sae.device, non_blocking=True))
+        # Only to CUDA is memory that is given back waited for: elsewhere a copy under way would read what comes next.
+        asynchronous = sae.device.type == "cuda"
+        moved = x.to(sae.device, non_blocking=asynchronous)
+        return Batch(moved, moved if y is x else y.to(sae.device, non_blocking=asynchronous))
 
     def _rows_at(self, item: Mapping[str, Tensor], name: str, sites: tuple[str, ...]) -> Tensor:
         missing = [site for site in sites or (None,) if site not in item]
