@@ -194,6 +194,11 @@ class CacheCommand(RunCommand):
     def __init__(self) -> None:
         super().__init__("cache", "Write the activations that a run would train on to cache.write.")
 
+    def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
+        tree = super().parse(arguments)
+        tree.setdefault("train", {}).setdefault("batch_tokens", 1)  # nothing is trained, so there is no least number
+        return tree
+
     def path(self, name: str) -> tuple[str, ...]:
         return ("cache", "sites") if name == "hook" else super().path(name)
 
