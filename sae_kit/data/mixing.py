@@ -122,25 +122,28 @@ class Mixing(Iterator[dict[str, Tensor]]):
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Go on where `state` was taken; one that is refused changes nothing.
+        """Go on where `state` was taken, perhaps to a later end; one that is refused changes nothing.
 
         Raises:
             ConfigError: it belongs to another batch size, capacity, length or order, or the source refuses it.
         """
+        grown = self._grown(state)
         for name, value in self._settings.items():
-            if state["settings"][name] != value:
+            if state["settings"][name] != value and not (grown and name in ("train.tokens", "buffer.tokens")):
                 raise ConfigError(
                     f"{name}: the saved stream has {state['settings'][name]}, this one {value}; use the same"
                 )
+        # A short run had a buffer no larger than itself, and keeps it.
+        capacity = state["settings"]["buffer.tokens"] if grown else self.capacity
         buffer = None
         if state["buffer"] is not None:
-            buffer = self._allocate(state["buffer"]["rows"], self._device)
+            buffer = self._allocate(state["buffer"]["rows"], self._device, capacity)
             buffer.load_state_dict(state["buffer"])
         self.source.load_state_dict(state["source"])
         self._pending = {site: rows.clone() for site, rows in state["pending"].items()}
         self._pending_contexts = state["pending_contexts"].numpy().copy()
         self._contexts, self._entered, self._dropped_last = state["numbers"]
-        self._ended, self._buffer = state["ended"], buffer
+        self._ended, self._buffer, self.capacity = state["ended"] and not grown, buffer, capacity
         self._generator.set_state(state["generator"])
 
     def close(self) -> None:
@@ -156,6 +159,11 @@ class Mixing(Iterator[dict[str, Tensor]]):
             "buffer.mix": self.cfg.mix,
             "train.tokens": self._wanted,
         }
+
+    def _grown(self, state: State) -> bool:
+        """Whether the saved stream was that of a shorter run; what was left of its last forward is then passed over."""
+        before = state["settings"]["train.tokens"]
+        return before is not None and self._wanted is not None and self._wanted > before
 
     def _read(self) -> bool:
         """One more item of the source into `_pending`; False at the end."""
@@ -200,14 +208,17 @@ class Mixing(Iterator[dict[str, Tensor]]):
                 CLUMPED,
             )
 
-    def _allocate(self, rows: Mapping[str, Tensor], made_on: torch.device | None = None) -> MixingBuffer:
+    def _allocate(
+        self, rows: Mapping[str, Tensor], made_on: torch.device | None = None, capacity: int | None = None
+    ) -> MixingBuffer:
+        capacity = capacity or self.capacity
         asked = None if self.cfg.dtype == "auto" else getattr(torch, self.cfg.dtype)
         dtypes = {site: asked or value.dtype for site, value in rows.items()}
-        size = sum(self.capacity * value.shape[1] * dtypes[site].itemsize for site, value in rows.items())
+        size = sum(capacity * value.shape[1] * dtypes[site].itemsize for site, value in rows.items())
         source = made_on or next(iter(rows.values())).device
         device = _where(self.cfg.device, source, size)
         return MixingBuffer(
-            self.capacity,
+            capacity,
             {site: value.shape[1] for site, value in rows.items()},
             dtype=dtypes,
             generator=self._generator,

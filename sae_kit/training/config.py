@@ -38,6 +38,8 @@ class SAEEntry:
     """site that is read, e.g. blocks.8.hook_resid_pre; several for a crosscoder or a cross-layer transcoder"""
     hook_out: str | tuple[str, ...] | None = None
     """site that is written, if it is another one: the SAE is then a transcoder"""
+    start: str | None = None
+    """folder of an SAE to begin from, with its weights, thresholds and statistics; None = anew"""
     lr: float | None = None
     """learning rate of this SAE; None = optim.lr"""
     optim: dict[str, Any] = field(default_factory=dict)
@@ -54,6 +56,8 @@ class SAEEntry:
     def __post_init__(self) -> None:
         if self.lr is not None and "lr" in self.optim:
             raise ConfigError("lr and optim.lr are the same field: give one of them")
+        if self.start is not None and self.init is not None:
+            raise ConfigError("init fits the start of a new SAE, and start names one that exists: give one of them")
 
     @property
     def sites(self) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -32,6 +32,7 @@ from sae_kit.seeding import derive_seed
 from sae_kit.training.callbacks import Callback, configured_callbacks
 from sae_kit.training.checkpoint import Checkpoint
 from sae_kit.training.config import RunConfig, SAEEntry
+from sae_kit.training.finetuning import started_from
 from sae_kit.training.inputs import Inputs, LiveInputs, open_inputs
 from sae_kit.training.results import write_results
 from sae_kit.training.resume import checkpoint_to_resume, go_on
@@ -215,7 +216,15 @@ def build_saes(cfg: RunConfig, inputs: Inputs) -> dict[str, SAE]:
         HookNotFoundError, ShapeError: a site that is not there, or whose width is not the config's `d_in`.
     """
     metadata = inputs.metadata
-    return {name: _complete(entry, inputs, metadata).build(seed=_seed(cfg, name)) for name, entry in cfg.saes.items()}
+    return {
+        name: _new_sae(entry, _complete(entry, inputs, metadata), _seed(cfg, name)) for name, entry in cfg.saes.items()
+    }
+
+
+def _new_sae(entry: SAEEntry, completed: SAEConfig, seed: int) -> SAE:
+    if entry.start is None:
+        return completed.build(seed=seed)
+    return started_from(entry.start, entry.sae, completed, seed=seed)
 
 
 def _complete(entry: SAEEntry, inputs: Inputs, known: Mapping[str, Any]) -> SAEConfig:

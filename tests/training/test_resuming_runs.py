@@ -159,3 +159,16 @@ def test_without_its_rows_a_run_goes_on_and_says_so(tmp_path: Path, caplog: pyte
     found = run(config(tmp_path, checkpoint=small))
     assert found.training.tokens == 12_288
     assert "activations that were read and not yet trained on were not saved" in caplog.text
+
+
+def test_a_finished_run_grows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    short = config(tmp_path, tokens=6144, checkpoint={"every_tokens": 1024, "every_minutes": None})
+    assert run(short).training.tokens == 6144
+    rows = len(read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    grown = run(config(tmp_path, checkpoint={"every_tokens": 1024, "every_minutes": None}))
+    assert grown.training.tokens == 12_288
+    assert grown.training.steps == 24
+    assert int(grown.training.saes["a"].tokens_seen) == 12_288
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) > rows
+    with pytest.raises(OutputExistsError, match=r"more train\.tokens to go on"):
+        run(config(tmp_path))
