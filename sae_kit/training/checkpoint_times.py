@@ -8,6 +8,7 @@ from typing import Literal
 
 from sae_kit.config import Tokens, resolve_tokens
 from sae_kit.errors import ConfigError
+from sae_kit.training.callbacks.early_stop import better
 
 RANGE = 1000
 """log spacing begins where so many times fewer rows than at the end would have one before it"""
@@ -39,7 +40,7 @@ class CheckpointConfig:
     final: bool = False
     """one at the very end too; without it a longer run goes on from the last one before"""
     best: str | None = None
-    """metric whose best checkpoint stays, too"""
+    """logged metric whose best checkpoint stays, too, such as metrics/explained_variance; of several SAEs their mean"""
 
     def __post_init__(self) -> None:
         for name in ("count", "keep"):
@@ -53,6 +54,10 @@ class CheckpointConfig:
             raise ConfigError("every_tokens has no meaning in log spacing: set count, or choose spacing linear")
         if wrong := [tokens for tokens in self.milestones if tokens < 1]:
             raise ConfigError(f"milestones: expected numbers of rows of at least 1, found {wrong[0]}")
+        if self.best is not None and better(self.best) is None:
+            raise ConfigError(
+                f"best: whether a lower or a higher {self.best} is better is not known; choose a loss or score"
+            )
         for name in self.signals:
             if name not in signal.Signals.__members__ or name in UNCATCHABLE:
                 raise ConfigError(

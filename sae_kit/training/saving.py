@@ -9,9 +9,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sae_kit import config as trees
+from sae_kit.data.batch import State
 from sae_kit.data.store import ActivationsStore, without_rows
-from sae_kit.errors import DiskFullError, NonFiniteError, TrainingInterrupted
+from sae_kit.errors import ConfigError, DiskFullError, NonFiniteError, TrainingInterrupted, did_you_mean
 from sae_kit.training.callbacks import Callback, Metrics
+from sae_kit.training.callbacks.early_stop import better
 from sae_kit.training.checkpoint import write_checkpoint
 from sae_kit.training.checkpoint_times import CheckpointConfig
 
@@ -36,6 +38,10 @@ class Saving(Callback):
         self._seen = 0
         self._saved_at = time.monotonic()
         self._missing = 0
+        self._score: float | None = None
+        """of the last row of metrics, higher is better"""
+        self._best: tuple[float, int] | None = None
+        """score and rows of the best checkpoint"""
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
 
@@ -56,6 +62,26 @@ class Saving(Callback):
         if self._times.due(before, trainer.tokens, minutes):
             self._save(trainer, milestone=self._times.stays(before, trainer.tokens))
 
+    def on_log(self, trainer: "SAETrainer", metrics: Metrics) -> None:
+        wanted = self._cfg.best
+        if wanted is None:
+            return
+        found = [metrics.get(name) for name in (wanted, *(f"{sae}/{wanted}" for sae in trainer.saes))]
+        values = [value for value in found if value is not None]
+        if not values:
+            known = {name.removeprefix(f"{sae}/") for name in metrics for sae in trainer.saes}
+            raise ConfigError(
+                f"checkpoint.best: {wanted!r} is not among the logged metrics.{did_you_mean(wanted, known)}"
+            )
+        self._score = (1 if better(wanted) == "max" else -1) * sum(values) / len(values)
+
+    def state_dict(self) -> State:
+        return {} if self._best is None else {"best": list(self._best)}
+
+    def load_state_dict(self, state: State) -> None:
+        score, tokens = state["best"]
+        self._best = (score, tokens)
+
     def on_exception(self, trainer: "SAETrainer", error: BaseException) -> None:
         if isinstance(error, NonFiniteError) and trainer.steps:
             path = self._save(trainer, label="nonfinite")
@@ -70,6 +96,8 @@ class Saving(Callback):
         self._handlers = {}
 
     def _save(self, trainer: "SAETrainer", *, milestone: bool = False, label: str = "") -> Path | None:
+        if not label and self._score is not None and (self._best is None or self._score > self._best[0]):
+            self._best = (self._score, trainer.tokens)
         place, rows = without_rows(self._store.state_dict())
         try:
             path = write_checkpoint(
@@ -81,6 +109,7 @@ class Saving(Callback):
                 tokens=trainer.tokens,
                 milestone=milestone,
                 keep=self._cfg.keep,
+                best=None if self._best is None else self._best[1],
                 label=label,
             )
         except DiskFullError as error:

@@ -172,3 +172,24 @@ def test_a_finished_run_grows(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) > rows
     with pytest.raises(OutputExistsError, match=r"more train\.tokens to go on"):
         run(config(tmp_path))
+
+
+def test_the_best_checkpoint_stays(tmp_path: Path) -> None:
+    """With a rate that grows too large the last checkpoints are not the best."""
+    often = {"every_tokens": 1024, "every_minutes": None, "best": "metrics/explained_variance", "keep": 1}
+    found = run(
+        config(tmp_path, checkpoint=often, optim={"lr": 0.3}, schedule={"name": "constant", "warm_up_tokens": "100%"})
+    )
+    rows = {row["tokens"]: row for row in read_metrics(found.folder / "metrics.jsonl")}
+    kept = [int(path.name) for path in find_checkpoints(found.folder)]
+    scores = {
+        tokens: sum(rows[tokens][f"{name}/metrics/explained_variance"] for name in "ab")
+        for tokens in range(1024, 12_288, 1024)
+    }
+    best = max(scores, key=scores.__getitem__)
+    assert kept == sorted({best, 11_264})
+    assert best < 11_264
+    with pytest.raises(ConfigError, match="Did you mean 'metrics/explained_variance'"):
+        run(config(tmp_path, name="other", checkpoint={**often, "best": "metric/explained_variance"}))
+    with pytest.raises(ConfigError, match="whether a lower or a higher metrics/l0 is better is not known"):
+        config(tmp_path, checkpoint={"best": "metrics/l0"})
