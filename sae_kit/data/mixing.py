@@ -211,14 +211,14 @@ class Mixing(Iterator[dict[str, Tensor]]):
     def _allocate(
         self, rows: Mapping[str, Tensor], made_on: torch.device | None = None, capacity: int | None = None
     ) -> MixingBuffer:
-        capacity = capacity or self.capacity
+        held = capacity or self.capacity
         asked = None if self.cfg.dtype == "auto" else getattr(torch, self.cfg.dtype)
         dtypes = {site: asked or value.dtype for site, value in rows.items()}
-        size = sum(capacity * value.shape[1] * dtypes[site].itemsize for site, value in rows.items())
+        size = sum(held * value.shape[1] * dtypes[site].itemsize for site, value in rows.items())
         source = made_on or next(iter(rows.values())).device
         device = _where(self.cfg.device, source, size)
         return MixingBuffer(
-            capacity,
+            held,
             {site: value.shape[1] for site, value in rows.items()},
             dtype=dtypes,
             generator=self._generator,
