@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from sae_kit import config as trees
 from sae_kit._version import __version__
 from sae_kit.arguments import TreeCommand, add_fields, add_sections, set_text
-from sae_kit.errors import SAEKitError, TrainingInterrupted
+from sae_kit.errors import ConfigError, SAEKitError, TrainingInterrupted
 
 MODEL = "language model: hub id, folder, or demo"
 DATASET = "text: hub id, file, folder, or demo"
@@ -80,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: Sequence[str]) -> int:
+    from sae_kit.training.checkpoint import newest_checkpoint
     from sae_kit.training.results import FAILED, compare, read_results, show
     from sae_kit.training.run import run
     from sae_kit.training.sweep import run_configs, train_sweep
@@ -98,8 +99,9 @@ def _train(arguments: Sequence[str]) -> int:
     else:
         folder = given.resume.absolute()
         cfg = configured("train", [str(folder / "run.yaml"), *rest])
-        going_on = dataclasses.replace(cfg.checkpoint, resume="must")
-        cfg = dataclasses.replace(cfg, out=str(folder.parent), name=folder.name, checkpoint=going_on)
+        if newest_checkpoint(folder, verify=False) is None:
+            raise ConfigError(f"--resume: there is no checkpoint in {folder} to go on from")
+        cfg = dataclasses.replace(cfg, out=str(folder.parent), name=folder.name)
     result = run(cfg, override=given.override)
     if len(result.saes) > 1:
         show(compare([result.folder]))

@@ -18,7 +18,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast
 
@@ -100,6 +100,18 @@ def set_path(tree: dict[str, Any], path: tuple[str, ...], value: object, source:
     if path[-1] in node:
         raise ConfigError(f"{source} and {'.'.join(path)} are the same field: give one of them")
     node[path[-1]] = value
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted paths and values, also within lists of mappings; a missing key and None are the same."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from leaves(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(tree, list | tuple) and any(isinstance(value, Mapping) for value in tree):
+        for index, value in enumerate(tree):
+            yield from leaves(value, f"{path}[{index}]")
+    elif tree is not None:
+        yield path, list(tree) if isinstance(tree, tuple) else tree
 
 
 def structure_fields(cls: type[T], data: object, where: str = "") -> T:

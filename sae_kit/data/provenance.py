@@ -8,10 +8,11 @@ import hashlib
 import importlib.metadata
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sae_kit import config as trees
 from sae_kit._version import __version__
 from sae_kit.data.documents import content, kind_of, normal
 from sae_kit.errors import ConfigError
@@ -41,7 +42,7 @@ def check_provenance(
     Raises:
         ConfigError: they differ; every differing key is named with both values.
     """
-    wanted, there = dict(_leaves(expected)), dict(_leaves(found))
+    wanted, there = dict(trees.leaves(expected)), dict(trees.leaves(found))
     keys = [key for key in dict.fromkeys((*wanted, *there)) if not NOT_COMPARED.search(key)]
     differing = [
         f"{key}: expected {wanted.get(key)!r}, found {there.get(key)!r}"
@@ -130,18 +131,6 @@ def _said(item: Any) -> str | bytes:
         return content(normal(item, kind)) if kind else ""
     except ValueError:
         return ""  # it is refused with a better message when it is read
-
-
-def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted paths and values; a missing key and None are the same."""
-    if isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(tree, list | tuple) and any(isinstance(value, Mapping) for value in tree):
-        for index, value in enumerate(tree):
-            yield from _leaves(value, f"{path}[{index}]")
-    elif tree is not None:
-        yield path, list(tree) if isinstance(tree, tuple) else tree
 
 
 def _within(key: str, branches: Sequence[str]) -> bool:

@@ -1,7 +1,7 @@
 """Going on with a run: from which checkpoint, and whether the config is still the same."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from sae_kit.training.checkpoint import (
     read_checkpoint,
 )
 from sae_kit.training.config import RunConfig
+from sae_kit.training.results import RESULTS
 from sae_kit.training.trainer import SAETrainer
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,13 @@ def checkpoint_to_resume(cfg: RunConfig, folder: Path, *, override: bool = False
     asked = cfg.checkpoint.resume
     if asked == "never":
         return None
+    if (folder / RESULTS).exists() and (folder / "run.yaml").exists():
+        finished = trees.look_up(trees.load_tree(folder / "run.yaml"), ("train", "tokens"))
+        if isinstance(finished, int) and cfg.train.tokens <= finished:
+            raise OutputExistsError(
+                f"{folder} holds a finished run; nothing was changed. Choose another name or out, or more train.tokens "
+                "to go on with it"
+            )
     path = newest_checkpoint(folder) if asked in ("auto", "must") else Path(asked)
     if path is None:
         if asked == "must":
@@ -55,11 +63,6 @@ def checkpoint_to_resume(cfg: RunConfig, folder: Path, *, override: bool = False
         return None
     found = read_checkpoint(path, verify=asked not in ("auto", "must"))
     saved = found.run["config"]
-    if (folder / "results.json").exists() and cfg.train.tokens <= saved["train"]["tokens"]:
-        raise OutputExistsError(
-            f"{folder} holds a finished run; nothing was changed. Choose another name or out, or more train.tokens to "
-            "go on with it"
-        )
     differing = [
         f"{field}: {before!r} when it was saved, {now!r} now"
         for field, before, now in differences(saved, trees.unstructure(cfg))
@@ -76,7 +79,7 @@ def checkpoint_to_resume(cfg: RunConfig, folder: Path, *, override: bool = False
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Fields of two config trees that differ and matter, with both values."""
-    before, after = dict(_leaves(saved)), dict(_leaves(now))
+    before, after = dict(trees.leaves(saved)), dict(trees.leaves(now))
     fields = dict.fromkeys((*before, *after))
     return [
         (field, before.get(field), after.get(field))
@@ -90,11 +93,3 @@ def go_on(trainer: SAETrainer, store: ActivationsStore, found: Checkpoint) -> No
     store.load_state_dict(with_rows(found.state["stream"], found.buffer))
     trainer.load_state_dict(found.state["trainer"])
     log.info("going on from %s: step %s, %s tokens", found.path, f"{trainer.steps:,}", f"{trainer.tokens:,}")
-
-
-def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, Mapping) and tree:
-        for key, value in tree.items():
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, list(tree) if isinstance(tree, tuple) else tree

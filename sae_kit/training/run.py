@@ -34,7 +34,7 @@ from sae_kit.training.checkpoint import Checkpoint
 from sae_kit.training.config import RunConfig, SAEEntry
 from sae_kit.training.finetuning import started_from
 from sae_kit.training.inputs import Inputs, LiveInputs, open_inputs
-from sae_kit.training.results import write_results
+from sae_kit.training.results import RESULTS, write_results
 from sae_kit.training.resume import checkpoint_to_resume, go_on
 from sae_kit.training.saving import Saving
 from sae_kit.training.trainer import SAETrainer, TrainingResult
@@ -162,6 +162,7 @@ def run(
     trainer = SAETrainer(cfg, saes, store, callbacks=observers, evaluate=finish)
     if found is not None:
         go_on(trainer, store, found)
+    (folder / RESULTS).unlink(missing_ok=True)  # a run that grows is not finished
     write_text(folder / "run.yaml", trees.dump_yaml(cfg))  # nothing stands in the way any more
     try:
         training = trainer.fit()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from test_run import HOOK, SMALL
 
 from sae_kit import SAE, RunConfig
+from sae_kit import config as trees
 from sae_kit.cli import main
 from sae_kit.errors import ConfigError, OutputExistsError, TrainingInterrupted
 from sae_kit.training.callbacks import Callback, read_metrics
@@ -129,6 +130,8 @@ def test_the_command_line_stops_with_the_signals_status_and_resumes(tmp_path: Pa
     assert child.returncode == 143, said
     assert f"continue: sae-kit train --resume {tmp_path / 'run'}" in said
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert trees.look_up(trees.load_tree(tmp_path / "run" / "run.yaml"), ("checkpoint", "resume")) == "auto"
+    assert main(["train", "--resume", str(tmp_path / "nowhere")]) == 2
     assert_same_run(tmp_path / "run", straight)
 
 
@@ -165,6 +168,8 @@ def test_a_finished_run_grows(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     short = config(tmp_path, tokens=6144, checkpoint={"every_tokens": 1024, "every_minutes": None})
     assert run(short).training.tokens == 6144
     rows = len(read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    with pytest.raises(TrainingInterrupted):  # one that grows can be interrupted, too
+        run(config(tmp_path), callbacks=[Stop(20)])
     grown = run(config(tmp_path, checkpoint={"every_tokens": 1024, "every_minutes": None}))
     assert grown.training.tokens == 12_288
     assert grown.training.steps == 24
