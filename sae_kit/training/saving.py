@@ -83,7 +83,8 @@ class Saving(Callback):
         self._best = (score, tokens)
 
     def on_exception(self, trainer: "SAETrainer", error: BaseException) -> None:
-        if isinstance(error, NonFiniteError) and trainer.steps:
+        diverged = any(part.failed for part in trainer.in_training.values())  # the stream has such errors, too
+        if isinstance(error, NonFiniteError) and diverged:
             path = self._save(trainer, label="nonfinite")
             log.warning("the state in which it diverged is in %s", path)
 
