@@ -12,6 +12,7 @@ from sae_kit.training.checkpoint import (
     CHECKPOINTS,
     Checkpoint,
     environment_changes,
+    find_checkpoints,
     newest_checkpoint,
     read_checkpoint,
 )
@@ -49,7 +50,7 @@ def checkpoint_to_resume(cfg: RunConfig, folder: Path, *, override: bool = False
     asked = cfg.checkpoint.resume
     if asked == "never":
         return None
-    if (folder / RESULTS).exists() and (folder / "run.yaml").exists():
+    if (folder / RESULTS).exists() and (folder / "run.yaml").exists() and find_checkpoints(folder):
         finished = trees.look_up(trees.load_tree(folder / "run.yaml"), ("train", "tokens"))
         if isinstance(finished, int) and cfg.train.tokens <= finished:
             raise OutputExistsError(
