@@ -4,13 +4,14 @@ Any architecture that has such a number takes them.
 """
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from sae_kit.config import Tokens, resolve_tokens
 from sae_kit.errors import ConfigError
 
-EXPONENT = 3.0
+RATE = 3.0
 
 
 def linear_warm_up(tokens: int, length: int) -> float:
@@ -22,33 +23,52 @@ def linear_warm_up(tokens: int, length: int) -> float:
 class KAnnealing:
     """Begin with many latents in each row, so that all of them learn something, and come down to k."""
 
-    start: int
-    """latents selected in each row at the beginning; common are d_in and 10 · d_in"""
+    start: int | str
+    """latents selected in each row at the beginning, or a multiple of the k at the end, as "10x"; common are d_in and \
+10x"""
     cold_tokens: Tokens = 0
     """k stays at `start` for so many tokens"""
     tokens: Tokens = "10%"
     """and comes down over so many"""
     shape: Literal["linear", "exponential"] = "linear"
     """exponential: fast at first, slow at the end"""
+    rate: float | None = None
+    """exponential: how steeply, e^rate between the slopes at the two ends; None = 3"""
 
     def __post_init__(self) -> None:
-        if self.start < 1:
+        if isinstance(self.start, str) and not re.fullmatch(r"\d+(\.\d+)?x", self.start):
+            raise ConfigError(
+                f'k_annealing.start must be a number of latents, or a multiple of k as "10x", found {self.start!r}'
+            )
+        if not isinstance(self.start, str) and self.start < 1:
             raise ConfigError(f"k_annealing.start must be at least 1, found {self.start}")
+        if self.rate is not None and self.shape != "exponential":
+            raise ConfigError(f"k_annealing.rate has no meaning in the {self.shape} shape: choose exponential")
+        if self.rate is not None and not 0 < self.rate < math.inf:
+            raise ConfigError(f"k_annealing.rate must be positive, found {self.rate}")
         for name in ("cold_tokens", "tokens"):
             resolve_tokens(getattr(self, name), 1, f"k_annealing.{name}")
+
+    def k_start(self, end: float) -> float:
+        """k at the beginning, a whole number, if it is `end` at the end."""
+        if isinstance(self.start, str):
+            return float(math.ceil(float(self.start.removesuffix("x")) * end))
+        return float(self.start)
 
     def k(self, end: float, tokens: int, total: int) -> float:
         """k after `tokens` of a run of `total`: whole numbers, rounded up, until `end` is reached."""
         cold = resolve_tokens(self.cold_tokens, total, "k_annealing.cold_tokens")
         length = resolve_tokens(self.tokens, total, "k_annealing.tokens")
+        start = self.k_start(end)
         if tokens < cold:
-            return float(self.start)
+            return start
         done = linear_warm_up(tokens - cold, length)
         if done == 1.0:
             return float(end)
         if self.shape == "exponential":
-            done = (1 - math.exp(-EXPONENT * done)) / (1 - math.exp(-EXPONENT))
-        return float(math.ceil(max(self.start + (end - self.start) * done, end)))
+            rate = RATE if self.rate is None else self.rate
+            done = math.expm1(-rate * done) / math.expm1(-rate)
+        return float(math.ceil(max(start + (end - start) * done, end)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,7 @@ OTHER: Mapping[str, Mapping[str, Any]] = {
     "jumprelu_ste_to_input": {"jumprelu_init_threshold": 0.2, "jumprelu_bandwidth": 0.5, "jumprelu_ste_to_input": True},
     "threshold_lr_factor": {"threshold_lr_factor": 0.1},
     "k": {"k": 6},
-    "k_annealing": {"k": 6, "k_annealing": KAnnealing(start=16, tokens="50%", shape="exponential")},
+    "k_annealing": {"k": 6, "k_annealing": KAnnealing(start="2.5x", tokens="50%", shape="exponential", rate=2.0)},
     "k_scope": {"d_in": None, "in_shape": (SITES, D_IN), "cross_layer": True, "k_scope": "batch"},
     "threshold_window_tokens": {"threshold_window_tokens": 100},
     "matryoshka_widths": {"matryoshka_widths": (24, 60)},

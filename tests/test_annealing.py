@@ -30,6 +30,23 @@ def test_k_falls_exponentially() -> None:
     assert found[5] < 0.5 * (found[0] + 10), "fast at first"
 
 
+@pytest.mark.parametrize("rate", [0.01, 1.0, 8.0])
+def test_the_rate_of_an_exponential(rate: float) -> None:
+    annealing = KAnnealing(start=100_000, cold_tokens=100, tokens=800, shape="exponential", rate=rate)
+    start, middle, end = (annealing.k(0.0, t, TOTAL) for t in (100, 500, 900))
+    assert (start, end) == (100_000, 0)
+    assert middle == pytest.approx(100_000 / (1 + math.exp(rate / 2)), abs=1), "(e^(-r/2) − e^(-r)) / (1 − e^(-r))"
+    linear = KAnnealing(start=100_000, cold_tokens=100, tokens=800)
+    assert abs(middle - linear.k(0.0, 500, TOTAL)) < 200 or rate > 0.01, "a line in the limit"
+
+
+def test_k_starts_at_a_multiple_of_its_end() -> None:
+    annealing = KAnnealing(start="10x", tokens=TOTAL)
+    assert [annealing.k(8.0, t, TOTAL) for t in (0, 500, 1000)] == [80, 44, 8]
+    assert annealing.k(0.25, 0, TOTAL) == 3, "2.5, rounded up"
+    assert KAnnealing(start="1.5x").k(8.0, 0, TOTAL) == 12
+
+
 def test_k_ends_at_a_fraction_but_moves_in_whole_numbers() -> None:
     annealing = KAnnealing(start=12, tokens="50%")
     found = [annealing.k(7.5, t, TOTAL) for t in range(0, TOTAL, 50)]
@@ -55,6 +72,11 @@ def test_p_moves_in_equal_steps() -> None:
     ("make", "message"),
     [
         (lambda: KAnnealing(start=0), "k_annealing.start must be at least 1, found 0"),
+        (lambda: KAnnealing(start="ten"), "a number of latents, or a multiple of k as \"10x\", found 'ten'"),
+        (lambda: KAnnealing(start=9, rate=2.0), "k_annealing.rate has no meaning in the linear shape"),
+        (lambda: KAnnealing(start=9, shape="exponential", rate=0.0), "k_annealing.rate must be positive, found 0.0"),
+        (lambda: make_config("topk", k_annealing=KAnnealing(start="0.5x")), "k_annealing.start must lie between k = 8"),
+        (lambda: make_config("topk", k_annealing=KAnnealing(start="20x")), "d_sae = 96, found 20x"),
         (lambda: PAnnealing(start=0.5, end=0.6), "p_annealing needs 0 < end <= start, found 0.6 and 0.5"),
         (lambda: PAnnealing(end=0.0), "p_annealing needs 0 < end <= start"),
         (lambda: PAnnealing(n_updates=0), "must be at least 1"),

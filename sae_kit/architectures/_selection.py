@@ -51,7 +51,7 @@ class SelectionConfig(SAEConfig):
         """Refuse numbers of latents that cannot be selected."""
         if not 0 < k <= self.d_sae:
             raise ConfigError(f"k must lie between 1 and d_sae = {self.d_sae}, found {k}")
-        if self.k_annealing is not None and not k <= self.k_annealing.start <= self.d_sae:
+        if self.k_annealing is not None and not k <= self.k_annealing.k_start(float(k)) <= self.d_sae:
             raise ConfigError(
                 f"k_annealing.start must lie between k = {k} and d_sae = {self.d_sae}, found {self.k_annealing.start}"
             )
