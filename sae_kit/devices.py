@@ -1,10 +1,18 @@
-"""Which device a run uses."""
+"""Which device a run uses, and which of its kernels."""
 
 from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Generator
+from typing import Any
 
 import torch
 
 from sae_kit.errors import ConfigError
+
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS asks for fixed memory before it promises the same bits
+FILLING: Any = torch.utils.deterministic  # torch has no types for what it holds
 
 
 def pick_device(name: str, field: str) -> torch.device:
@@ -23,3 +31,29 @@ def pick_device(name: str, field: str) -> torch.device:
         kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         there = ["cpu"] if kind is None else ["cpu", *(f"{kind}:{i}" for i in range(torch.accelerator.device_count()))]
         raise ConfigError(f"{field}: expected auto or one of {', '.join(there)}, found {name!r}") from error
+
+
+@contextlib.contextmanager
+def kernels(*, tf32: bool, deterministic: bool) -> Generator[None]:
+    """The kernels of the process within this block; after it they are what they were.
+
+    With `tf32` products of float32 on a GPU round their factors to TF32, without it they do not. With `deterministic`
+    operations take kernels that give the same bits each time, and torch warns of those that have none; without it
+    nothing changes.
+    """
+    products = torch.backends.cuda.matmul.allow_tf32
+    strict = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled, workspace = FILLING.fill_uninitialized_memory, os.environ.get(WORKSPACE)
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        if deterministic:
+            os.environ.setdefault(WORKSPACE, ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            FILLING.fill_uninitialized_memory = False  # it finds mistakes, and costs a write
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = products
+        torch.use_deterministic_algorithms(strict[0], warn_only=strict[1])
+        FILLING.fill_uninitialized_memory = filled
+        if workspace is None:
+            os.environ.pop(WORKSPACE, None)

@@ -93,6 +93,8 @@ None = 3% on a CPU, else 0.8%"""
     """backend of torch.compile for forward pass and losses, e.g. inductor; None = off"""
     amp: Literal["auto", "bf16", "off"] = "auto"
     """bf16: products of encoder and decoder in bfloat16, all else in float32; auto = bf16 on a GPU, off on a CPU"""
+    tf32: bool = True
+    """on a GPU round factors of float32 products to TF32: several times as fast, three decimal digits"""
     nonfinite: Literal["auto", "stop", "freeze"] = "auto"
     """when an SAE diverges: stop the run, or freeze the SAE and go on; auto = freeze if there are several"""
     nonfinite_limit: int = 10
@@ -196,6 +198,8 @@ class RunConfig:
     """parent folder"""
     seed: int = 0
     """root of every random generator"""
+    deterministic: bool = False
+    """on a GPU take kernels that give the same bits each time, where there are such; a CPU's do without it"""
     model: ModelConfig = field(default_factory=ModelConfig)
     """the language model"""
     data: DataConfig = field(default_factory=DataConfig)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sae_kit.data.batch import Batch, State
-from sae_kit.devices import pick_device
+from sae_kit.devices import kernels, pick_device
 from sae_kit.errors import ConfigError, DataError, NonFiniteError, ShapeError
 from sae_kit.sae import SAE
 from sae_kit.training.callbacks import Callback, Callbacks, Console
@@ -55,7 +55,7 @@ class SAETrainer:
     entry, or those in its metadata), or `Batch(x, y)`. `evaluate` is called after the last step, and
     what it returns is handed to the callbacks. `optimizer` makes another optimizer than `cfg` says, of the parameter
     groups of each SAE, and `loss` adds terms of your own: fn(sae, batch, run) -> {name: scalar}, where `batch` holds
-    raw rows and `run` what a pass made of them. Of `cfg` only saes, optim, schedule, train, log and
+    raw rows and `run` what a pass made of them. Of `cfg` only deterministic, saes, optim, schedule, train, log and
     buffer.norm_estimate_tokens are read here.
 
     `state_dict()`, the tensors of the SAEs and the state of the batches are together all that a run is: new objects
@@ -99,6 +99,10 @@ class SAETrainer:
         Raises:
             DataError: no batch came at all. ShapeError: rows of another width. NonFiniteError: training diverged.
         """
+        with kernels(tf32=self.cfg.train.tf32, deterministic=self.cfg.deterministic):
+            return self._fit()
+
+    def _fit(self) -> TrainingResult:
         last: dict[str, float | int] = {}
         started = logged = time.perf_counter()  # filling the buffer is part of the work
         before = tokens_logged = self.tokens
