@@ -39,10 +39,10 @@ demo: $(STAMP)
 	$(BIN)/sae-kit demo
 
 test: lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test-tl3: $(OLD_STAMP)
-	$(OLD)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadgroup $(OLD_TESTS)
+	$(OLD)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(OLD_TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -1,5 +1,6 @@
 """What the whole suite shares: no network, one real run of the demo, and architectures that the command line names."""
 
+import json
 import os
 import subprocess
 import sys
@@ -42,27 +43,28 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(str(error)) from error
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the demo's run go to one worker, so that it runs once."""
-    for item in items:
-        if "demo_run" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("demo"))
-
-
 @pytest.fixture(scope="session")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> "DemoRun":
-    """One real demo for the whole session, in a process of its own."""
+    """One real demo for the whole session, in a process of its own; of several workers the first to come runs it."""
+    from filelock import FileLock
     from helpers import DemoRun
 
-    home = tmp_path_factory.mktemp("demo")
-    start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "sae_kit.cli", "demo"],
-        cwd=home,
-        capture_output=True,
-        text=True,
-        timeout=1500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return DemoRun(home, done.stdout, time.perf_counter() - start)
+    base = tmp_path_factory.getbasetemp()
+    home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo"
+    with FileLock(home.with_suffix(".lock")):
+        if not home.exists():
+            home.mkdir()
+            start = time.perf_counter()
+            done = subprocess.run(
+                [sys.executable, "-m", "sae_kit.cli", "demo"],
+                cwd=home,
+                capture_output=True,
+                text=True,
+                timeout=1500,
+                check=False,
+            )
+            found = {"output": done.stdout, "seconds": time.perf_counter() - start, "error": done.stderr}
+            (home / "done.json").write_text(json.dumps(found | {"returncode": done.returncode}))
+    found = json.loads((home / "done.json").read_text())
+    assert found["returncode"] == 0, found["error"]
+    return DemoRun(home, found["output"], found["seconds"])
