@@ -21,6 +21,7 @@ from sae_kit.data.batch import State, TokenRows
 from sae_kit.data.buffer import BATCHES, BufferConfig
 from sae_kit.data.cache import Cache, CacheReader
 from sae_kit.data.capture import Reader, device_of, max_context, vocabulary_size
+from sae_kit.data.contexts import WholeContexts
 from sae_kit.data.filters import PositionSlice, RowFilter
 from sae_kit.data.given import GivenRows
 from sae_kit.data.harvest import MEDIAN, Harvest
@@ -47,7 +48,7 @@ class ActivationsStore(Iterator[dict[str, Tensor]]):
 
     def __init__(
         self,
-        mixed: Mixing | CacheReader,
+        mixed: Mixing | CacheReader | WholeContexts,
         *,
         prefetch: int = 0,
         device: torch.device | None = None,

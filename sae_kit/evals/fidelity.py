@@ -120,17 +120,17 @@ class Positions:
             *(t.split(POSITIONS_PER_CHUNK) for t in (self.index, self._targets, self._has_target)), strict=True
         )
         for index, targets, has_target in chunks:
-            log_q = _log_probabilities(logits, index)
+            log_q = log_probabilities(logits, index)
             losses = log_q.gather(1, targets[:, None]).squeeze(1).neg()
             ce += torch.where(has_target, losses, 0).sum(dtype=torch.float64)
             if clean is not None:
-                log_p = _log_probabilities(clean, index)
+                log_p = log_probabilities(clean, index)
                 terms = torch.where(log_p.isinf(), 0, log_p.exp() * (log_p - log_q))
                 kl += terms.sum(1).sum(dtype=torch.float64)
         return ce, kl
 
 
-def _log_probabilities(
+def log_probabilities(
     logits: Float[Tensor, "rows context vocabulary"], index: Int[Tensor, " chunk"]
 ) -> Float[Tensor, "chunk vocabulary"]:
     rows = logits.reshape(-1, logits.shape[-1]).index_select(0, index.to(logits.device))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sae_kit.data.cache import Cache, open_cache
 from sae_kit.data.capture import site_width
+from sae_kit.data.contexts import WholeContexts, split_contexts
 from sae_kit.data.harvest import Harvest
 from sae_kit.data.models import Compatibility, load_model, model_facts
 from sae_kit.data.sites import resolve
@@ -19,6 +20,7 @@ from sae_kit.errors import ConfigError, HookNotFoundError, did_you_mean
 from sae_kit.evals import EvalReport, evaluate
 from sae_kit.sae import SAE
 from sae_kit.training.config import RunConfig
+from sae_kit.training.end_to_end import EndToEnd
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,8 @@ class LiveInputs:
     def open(self) -> ActivationsStore:
         """The stream of mixed batches."""
         cfg = self._cfg
+        if cfg.end_to_end:
+            return ActivationsStore(self._whole_contexts())
         return ActivationsStore.from_config(
             self.reader,
             cfg.data,
@@ -84,8 +88,20 @@ class LiveInputs:
             facts=model_facts(self.model, cfg.model),
         )
 
-    def harvest(self) -> Harvest:
-        """The same activations in the order of the text."""
+    def loss(self, saes: Mapping[str, SAE], store: ActivationsStore) -> EndToEnd | None:
+        """What SAEs are trained on beside their own losses, over the stream `store`."""
+        if not isinstance(store.mixed, WholeContexts):
+            return None
+        return EndToEnd(self.reader, store.mixed, [(saes[name], cfg) for name, cfg in self._cfg.end_to_end.items()])
+
+    def _whole_contexts(self) -> WholeContexts:
+        train, rows_per_forward = self._cfg.train, self._cfg.data.rows_per_forward
+        forwards, rows = split_contexts(train.batch_tokens, self._context, rows_per_forward)
+        wanted = train.tokens // train.batch_tokens * train.batch_tokens
+        return WholeContexts(self.harvest(rows_per_forward=rows), forwards=forwards, train_tokens=wanted)
+
+    def harvest(self, *, rows_per_forward: int | None = None) -> Harvest:
+        """The same activations in the order of the text; `rows_per_forward` takes the place of the config's."""
         cfg = self._cfg
         tokens = token_stream(
             self.model, cfg.data, sites=self._sites, tokenizer=self.tokenizer, documents=self._documents, seed=cfg.seed
@@ -94,7 +110,7 @@ class LiveInputs:
             self.reader,
             tokens,
             self._sites,
-            rows_per_forward=cfg.data.rows_per_forward,
+            rows_per_forward=rows_per_forward or cfg.data.rows_per_forward,
             excluded=excluded_ids(cfg.data.exclude, self.tokenizer),
             seq_slice=cfg.data.seq_slice,
             norm_filter=cfg.buffer.norm_filter,

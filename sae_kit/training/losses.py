@@ -71,10 +71,12 @@ def training_losses(
     values: Mapping[str, float],
     dead: DeadLatents,
     penalty_factor: Float[Tensor, ""] | None = None,
+    reconstruction: float = 1.0,
 ) -> Losses:
     """All loss terms of a pass; `values` are coefficients and schedules, `dead` has observed its codes already.
 
-    `penalty_factor` multiplies the terms that have a coefficient in `values`.
+    `penalty_factor` multiplies the terms that have a coefficient in `values`, `reconstruction` what is minimised of the
+    error; the terms of that are logged without it.
     """
     cfg = sae.cfg
     objective, parts = sae.reconstruction_loss(run.encoding, run.y, run.y_hat)
@@ -99,7 +101,7 @@ def training_losses(
             own["auxiliary_reconstruction_loss"] = own.get("auxiliary_reconstruction_loss", 0.0) + aux
     if cfg.pre_act_loss_coefficient is not None:
         own["pre_act_loss"] = cfg.pre_act_loss_coefficient * pre_act_loss(sae, run.encoding, dead)
-    return Losses(torch.stack([objective, *own.values()]).sum(), terms | own)
+    return Losses(torch.stack([reconstruction * objective, *own.values()]).sum(), terms | own)
 
 
 def penalty_names(sae: SAE) -> list[str]:

@@ -37,6 +37,7 @@ from sae_kit.training.optim import (
 )
 from sae_kit.training.resampling import Resampler
 from sae_kit.training.schedules import StepValues
+from sae_kit.weights import slice_bytes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -82,6 +83,8 @@ class SAEInTraining:
         for name_of in ("max_pre_bytes", "sparse_below"):
             if (setting := getattr(cfg.train, name_of)) is not None:
                 setattr(sae, name_of, setting)
+        if cfg.train.max_pre_bytes is None and cfg.train.accumulate > 1:
+            sae.max_pre_bytes = max(slice_bytes(sae.device) // cfg.train.accumulate, 1)
         self.optimizer = optim.build(sae, optimizer)
         self.clip = optim.clip_grad_norm
         self.schedule = cfg.schedule_of(name).build(total)
@@ -97,6 +100,7 @@ class SAEInTraining:
         self.details: dict[str, float] = {}
         self._accumulate = cfg.train.accumulate
         self._own_loss = loss
+        self._reconstruction = 1.0 if entry is None else entry.reconstruction_coefficient
         self._clipped = clipped_parameters(sae)
         self._amp = uses_amp(sae, cfg)
         self._pass = compiled(training_pass, cfg.train.compile)
@@ -183,7 +187,7 @@ class SAEInTraining:
         fired = self.dead.observe(run.encoding.codes.detach(), len(batch.x), tokens)
         if self.resampler is not None:
             self.resampler.observe(run, tokens)
-        losses = self._losses(sae, run, values, self.dead, factor)
+        losses = self._losses(sae, run, values, self.dead, factor, self._reconstruction)
         if self._own_loss is not None:
             own = dict(self._own_loss(sae, batch, run))
             losses = Losses(torch.stack([losses.total, *own.values()]).sum(), losses.terms | own)

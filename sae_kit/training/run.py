@@ -154,7 +154,8 @@ def run(
             sae.save_model(folder / "saes" / name)
         return _flat(evals)
 
-    trainer = SAETrainer(cfg, saes, store, callbacks=observers, evaluate=finish)
+    loss = None if live is None else live.loss(saes, store)
+    trainer = SAETrainer(cfg, saes, store, callbacks=observers, evaluate=finish, loss=loss)
     if found is not None:
         go_on(trainer, store, found)
     (folder / RESULTS).unlink(missing_ok=True)  # a run that grows is not finished
