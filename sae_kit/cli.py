@@ -82,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(arguments: Sequence[str]) -> int:
     from sae_kit.training.checkpoint import newest_checkpoint
     from sae_kit.training.results import FAILED, compare, read_results, show
+    from sae_kit.training.resume import only_begun
     from sae_kit.training.run import run
     from sae_kit.training.sweep import run_configs, train_sweep
 
@@ -99,9 +100,9 @@ def _train(arguments: Sequence[str]) -> int:
     else:
         folder = given.resume.absolute()
         cfg = configured("train", [str(folder / "run.yaml"), *rest])
-        if newest_checkpoint(folder, verify=False) is None:
-            raise ConfigError(f"--resume: there is no checkpoint in {folder} to go on from")
         cfg = dataclasses.replace(cfg, out=str(folder.parent), name=folder.name)
+        if newest_checkpoint(folder, verify=False) is None and not only_begun(cfg, folder):
+            raise ConfigError(f"--resume: there is no checkpoint in {folder} to go on from")
     result = run(cfg, override=given.override)
     if len(result.saes) > 1:
         show(compare([result.folder]))

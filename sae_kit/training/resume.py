@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_kit import config as trees
+from sae_kit.atomic import TEMPORARY
 from sae_kit.data.store import ActivationsStore, with_rows
 from sae_kit.errors import ConfigError, OutputExistsError
 from sae_kit.training.checkpoint import (
@@ -36,6 +37,8 @@ FREE = (
     "data.tokenize_batch",
 )
 """What may differ when a run goes on: nothing of it changes what is trained."""
+PROBE = ".probe"
+"""File that tries whether a run folder can be written."""
 
 
 def checkpoint_to_resume(cfg: RunConfig, folder: Path, *, override: bool = False) -> Checkpoint | None:
@@ -61,6 +64,8 @@ def checkpoint_to_resume(cfg: RunConfig, folder: Path, *, override: bool = False
     if path is None:
         if asked == "must":
             raise ConfigError(f"checkpoint.resume: there is no checkpoint in {folder / CHECKPOINTS} to go on from")
+        if (folder / "run.yaml").is_file() and only_begun(cfg, folder):
+            log.warning("%s was stopped before its first checkpoint: it begins anew", folder)
         return None
     found = read_checkpoint(path, verify=asked not in ("auto", "must"))
     saved = found.run["config"]
@@ -76,6 +81,22 @@ def checkpoint_to_resume(cfg: RunConfig, folder: Path, *, override: bool = False
     if changes := environment_changes(found.run["environment"]):
         log.warning("not bit for bit the run that was interrupted, because of %s", "; ".join(changes))
     return found
+
+
+def only_begun(cfg: RunConfig, folder: Path) -> bool:
+    """Whether nothing is in `folder` but this very run as it was before its first checkpoint, so that it begins anew.
+
+    With `checkpoint.resume` "must" or "never" no folder counts as such.
+    """
+    if cfg.checkpoint.resume != "auto" or not folder.is_dir():
+        return False
+    found = [path for path in folder.iterdir() if path.name != PROBE and not TEMPORARY.fullmatch(path.name)]
+    if not (folder / "run.yaml").is_file():
+        return not found
+    results = any((folder / name).exists() for name in ("saes", RESULTS))
+    checkpoints = any(not TEMPORARY.fullmatch(path.name) for path in (folder / CHECKPOINTS).glob("*"))
+    saved = trees.load_tree(folder / "run.yaml")
+    return not (results or checkpoints or differences(saved, trees.unstructure(cfg)))
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
