@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_kit.errors import ConfigError, did_you_mean
 from sae_kit.ops import SparseCodes
 
 Metrics = dict[str, dict[str, float | None]]
@@ -69,6 +70,15 @@ def family(name: str) -> Callable[[F], F]:
         return cls
 
     return decorate
+
+
+def check_families(names: Iterable[str]) -> None:
+    """Refuse a name that no family has (ConfigError)."""
+    for name in names:
+        if name not in FAMILIES:
+            raise ConfigError(
+                f"metrics: expected some of {', '.join(FAMILIES)}, found {name!r}.{did_you_mean(name, FAMILIES)}"
+            )
 
 
 def ratio(numerator: float | int, denominator: float | int, least: float = 0.0) -> float | None:

@@ -18,8 +18,8 @@ from sae_kit.data.batch import TokenBatch
 from sae_kit.data.capture import Reader, device_of, max_context
 from sae_kit.data.filters import PositionSlice, RowFilter
 from sae_kit.data.sites import BoundSite
-from sae_kit.errors import ConfigError, DataError, SiteDidNotFireError, did_you_mean
-from sae_kit.evals.family import FAMILIES, EvalStep, Family, Metrics
+from sae_kit.errors import ConfigError, DataError, SiteDidNotFireError
+from sae_kit.evals.family import FAMILIES, EvalStep, Family, Metrics, check_families
 from sae_kit.evals.fidelity import FidelityStep, Positions
 from sae_kit.evals.moments import Moments
 from sae_kit.evals.reconstruction import Reconstruction
@@ -156,11 +156,7 @@ def evaluate(
         HookNotFoundError: a site is not in the model.
         DataError: no position is eligible.
     """
-    for name in metrics:
-        if name not in FAMILIES:
-            raise ConfigError(
-                f"metrics: expected some of {', '.join(FAMILIES)}, found {name!r}.{did_you_mean(name, FAMILIES)}"
-            )
+    check_families(metrics)
     if ablation not in ("zero", "mean"):
         raise ConfigError(f"ablation: expected 'zero' or 'mean', found {ablation!r}")
     if fidelity_tokens < 1 or (rows_per_forward is not None and rows_per_forward < 1):

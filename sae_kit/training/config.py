@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from sae_kit import config as trees
-from sae_kit.config import Tokens
+from sae_kit.config import Tokens, resolve_tokens
 from sae_kit.data.buffer import BufferConfig
 from sae_kit.data.cache import CacheConfig
 from sae_kit.data.models import ModelConfig
 from sae_kit.data.tokens import DataConfig
 from sae_kit.errors import ConfigError
+from sae_kit.evals import FAMILIES, check_families
 from sae_kit.sae_config import SAEConfig
 from sae_kit.training.callbacks.early_stop import EarlyStopConfig
 from sae_kit.training.checkpoint_times import CheckpointConfig
@@ -138,22 +139,44 @@ skipped"""
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Evaluation on held-out text at the end of a run."""
+    """Evaluation on held-out text, of SAEs in the form in which they are used."""
 
+    every_tokens: Tokens | None = "10%"
+    """activation rows trained on between two evaluations; None = only at the end"""
     at_end: bool = True
     """evaluate when training is over"""
     tokens: int | None = None
     """held-out tokens; None = 0.5% of train.tokens, at least 16,384 and at most 200,000"""
     fidelity_tokens: int = 20_000
     """part of them that is run with the SAE spliced into the model"""
+    metrics: tuple[str, ...] = ("fidelity", "reconstruction", "sparsity")
+    """families of metrics; without fidelity no forward goes beyond the deepest site"""
     ablation: Literal["zero", "mean"] = "zero"
     """what replaces the site in the run that the CE score calls 0"""
+    rows_per_forward: int | None = None
+    """rows of text in a forward; None = data.rows_per_forward, or 4,096 tokens if that is None, too"""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "fidelity_tokens"):
+        for name in ("tokens", "fidelity_tokens", "rows_per_forward"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, found {value}")
+        if not self.metrics:
+            raise ConfigError(f"metrics: expected some of {', '.join(FAMILIES)}, found none")
+        check_families(self.metrics)
+
+    def interval(self, total: int) -> int | None:
+        """Rows between two evaluations of a run of `total` rows; None = there is none on the way.
+
+        Raises:
+            ConfigError: less than one row.
+        """
+        if self.every_tokens is None:
+            return None
+        every = resolve_tokens(self.every_tokens, total, "eval.every_tokens")
+        if every < 1:
+            raise ConfigError(f"eval.every_tokens: {self.every_tokens!r} of {total:,} rows is less than one")
+        return every
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +269,8 @@ class RunConfig:
         for name in (None, *self.saes):
             self.optim_of(name)
             self.schedule_of(name).build(self.train.tokens)
+        self.checkpoint.build(self.train.tokens, self.train.batch_tokens)
+        self.eval.interval(self.train.tokens)
 
     def optim_of(self, name: str | None) -> OptimConfig:
         if self.end_to_end:

@@ -117,16 +117,19 @@ class LiveInputs:
             facts=model_facts(self.model, cfg.model),
         )
 
-    def hold_out(self) -> None:
-        """Read the rows of text that training never sees, so that too little text is found before it begins."""
+    def hold_out(self) -> bool:
+        """Read the rows of text that training never sees, so that too little text is found before it begins.
+
+        False if there are none, or none are wanted.
+        """
         cfg = self._cfg
-        if not cfg.eval.at_end:
-            return
+        if not cfg.eval.at_end and cfg.eval.every_tokens is None:
+            return False
         if isinstance(self._documents, Iterator):
             log.warning(
                 "no held-out evaluation: an iterator of texts can be read only once; pass a list or another iterable"
             )
-            return
+            return False
         wanted = cfg.eval.tokens or min(200_000, max(16_384, cfg.train.tokens // 200))
         self._held_out = held_out_rows(
             cfg.data,
@@ -136,11 +139,11 @@ class LiveInputs:
             documents=self._documents,
             seed=cfg.seed,
         )
+        return True
 
-    def evaluate(self, saes: Mapping[str, SAE], medians: Mapping[str, float]) -> EvalReport | None:
-        """Metrics on held-out text of what training would have seen of it; None if there is none."""
-        if self._held_out is None:
-            return None
+    def evaluate(self, saes: Mapping[str, SAE], medians: Mapping[str, float]) -> EvalReport:
+        """Metrics on the rows that are held out, at the positions that training would have seen of them."""
+        assert self._held_out is not None, "hold_out comes first"
         cfg = self._cfg
         multiple = cfg.buffer.norm_filter
         return evaluate(
@@ -150,9 +153,10 @@ class LiveInputs:
             excluded_ids=excluded_ids(cfg.data.exclude, self.tokenizer),
             seq_slice=cfg.data.seq_slice,
             max_norms=None if multiple is None else {site: multiple * median for site, median in medians.items()},
+            metrics=cfg.eval.metrics,
             fidelity_tokens=cfg.eval.fidelity_tokens,
             ablation=cfg.eval.ablation,
-            rows_per_forward=cfg.data.rows_per_forward,
+            rows_per_forward=cfg.eval.rows_per_forward or cfg.data.rows_per_forward,
         )
 
     @property
@@ -243,6 +247,6 @@ def open_inputs(
             "or neither"
         )
     live = LiveInputs(cfg, model, tokenizer, documents) if named else None
-    if live is None and cfg.eval.at_end:
-        log.info("no evaluation at the end: the run names no model and no text beside its cache")
+    if live is None and (cfg.eval.at_end or cfg.eval.every_tokens is not None):
+        log.info("no evaluation: the run names no model and no text beside its cache")
     return CachedInputs(cfg, live), live

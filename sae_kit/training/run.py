@@ -28,6 +28,7 @@ from sae_kit.sae_config import SAEConfig
 from sae_kit.training.building import build_saes, restored_saes
 from sae_kit.training.callbacks import Callback, configured_callbacks
 from sae_kit.training.config import RunConfig
+from sae_kit.training.evaluating import Evaluate, check_awaited
 from sae_kit.training.inputs import LiveInputs, open_inputs
 from sae_kit.training.results import RESULTS, write_results
 from sae_kit.training.resume import checkpoint_to_resume, go_on
@@ -60,7 +61,7 @@ class RunResult:
     saes: dict[str, SAE]
     """in the form for use: scales and norms folded"""
     evals: dict[str, Metrics]
-    """held-out evaluation by SAE; empty if it was switched off"""
+    """held-out evaluation at the end, by SAE, without those that diverged; empty if it was switched off"""
     training: TrainingResult
 
 
@@ -131,28 +132,29 @@ def run(
     store = inputs.open()
     for sae in saes.values():
         sae.cfg.metadata.extra.setdefault("sae_kit", {})["provenance"] = store.provenance
-    if live is not None:
-        live.hold_out()
-    observers = [*configured_callbacks(cfg, folder), *callbacks, Saving(cfg.checkpoint, folder, store)]
+    saving = Saving(cfg.checkpoint, folder, store)
+    evaluation = Evaluate(cfg, live, store, saving) if live is not None and live.hold_out() else None
+    check_awaited(cfg, is_evaluated=evaluation is not None)
+    watching = [] if evaluation is None else [evaluation]
+    observers = [*configured_callbacks(cfg, folder), *callbacks, *watching, saving]  # what was evaluated is saved
     final: dict[str, SAE] = {}
     evals: dict[str, Metrics] = {}
 
     def finish() -> dict[str, float | None]:
         """Save what was trained, before the evaluation, which may fail; then evaluate and add what it found."""
-        store.pause()  # what evaluation does to the model must not reach rows that are read ahead
         for name, sae in trainer.saes.items():
             sae.cfg.metadata.extra["sae_kit"]["median_norms"] = store.medians
             final[name] = trainer.in_training[name].for_use().to_inference()
             final[name].cfg.metadata.num_dead_features = int(trainer.in_training[name].dead.mask().sum())
             final[name].save_model(folder / "saes" / name)
-        report = None if live is None else live.evaluate(final, store.medians)
-        if report is None:
+        if evaluation is None or not cfg.eval.at_end:
             return {}
-        evals.update(report.metrics)
-        for name, sae in final.items():
-            sae.cfg.metadata.l0 = evals[name]["sparsity"]["l0"]
-            sae.save_model(folder / "saes" / name)
-        return _flat(evals)
+        row = evaluation.row(final, trainer)
+        evals.update(evaluation.found)
+        for name, metrics in evals.items():
+            final[name].cfg.metadata.l0 = metrics.get("sparsity", {}).get("l0")
+            final[name].save_model(folder / "saes" / name)
+        return row
 
     loss = None if live is None else live.loss(saes, store)
     trainer = SAETrainer(cfg, saes, store, callbacks=observers, evaluate=finish, loss=loss)
@@ -178,16 +180,6 @@ def run(
     }
     write_results(folder, results)
     return RunResult(folder, final, evals, training)
-
-
-def _flat(evals: Mapping[str, Metrics]) -> dict[str, float | None]:
-    """One row for the logs: `evals/{group}/{key}`, with several SAEs prefixed by their names."""
-    return {
-        f"evals/{group}/{key}" if len(evals) == 1 else f"{name}/evals/{group}/{key}": value
-        for name, groups in evals.items()
-        for group, metrics in groups.items()
-        for key, value in metrics.items()
-    }
 
 
 def cache_activations(

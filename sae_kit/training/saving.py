@@ -56,24 +56,17 @@ class Saving(Callback):
     def on_step_end(self, trainer: "SAETrainer") -> None:
         before, self._seen = self._seen, trainer.tokens
         if self._signal is not None:
-            path = self._save(trainer, milestone=self._times.stays(before, trainer.tokens))
+            path = self.save(trainer, milestone=self._times.stays(before, trainer.tokens))
             raise TrainingInterrupted(self._signal, trainer.steps, trainer.tokens, path, self._folder)
         minutes = (time.monotonic() - self._saved_at) / 60
         if self._times.due(before, trainer.tokens, minutes):
-            self._save(trainer, milestone=self._times.stays(before, trainer.tokens))
+            self.save(trainer, milestone=self._times.stays(before, trainer.tokens))
 
     def on_log(self, trainer: "SAETrainer", metrics: Metrics) -> None:
-        wanted = self._cfg.best
-        if wanted is None:
-            return
-        found = [metrics.get(name) for name in (wanted, *(f"{sae}/{wanted}" for sae in trainer.saes))]
-        values = [value for value in found if value is not None]
-        if not values:
-            known = {name.removeprefix(f"{sae}/") for name in metrics for sae in trainer.saes}
-            raise ConfigError(
-                f"checkpoint.best: {wanted!r} is not among the logged metrics.{did_you_mean(wanted, known)}"
-            )
-        self._score = (1 if better(wanted) == "max" else -1) * sum(values) / len(values)
+        self._rate(trainer, metrics, held_out=False)
+
+    def on_eval(self, trainer: "SAETrainer", metrics: Metrics) -> None:
+        self._rate(trainer, metrics, held_out=True)
 
     def state_dict(self) -> State:
         return {} if self._best is None else {"best": list(self._best)}
@@ -85,7 +78,7 @@ class Saving(Callback):
     def on_exception(self, trainer: "SAETrainer", error: BaseException) -> None:
         diverged = any(part.failed for part in trainer.in_training.values())  # the stream has such errors, too
         if isinstance(error, NonFiniteError) and diverged:
-            path = self._save(trainer, label="nonfinite")
+            path = self.save(trainer, label="nonfinite")
             log.warning("the state in which it diverged is in %s", path)
 
     def metrics(self, trainer: "SAETrainer") -> Metrics:
@@ -96,7 +89,7 @@ class Saving(Callback):
             signal.signal(number, handler)
         self._handlers = {}
 
-    def _save(self, trainer: "SAETrainer", *, milestone: bool = False, label: str = "") -> Path | None:
+    def save(self, trainer: "SAETrainer", *, milestone: bool = False, label: str = "") -> Path | None:
         if not label and self._score is not None and (self._best is None or self._score > self._best[0]):
             self._best = (self._score, trainer.tokens)
         place, rows = without_rows(self._store.state_dict())
@@ -120,6 +113,21 @@ class Saving(Callback):
         self._saved_at, self._missing = time.monotonic(), 0
         trainer.callbacks.call("on_checkpoint", trainer, path)
         return path
+
+    def _rate(self, trainer: "SAETrainer", metrics: Metrics, *, held_out: bool) -> None:
+        """Take the score of the next checkpoint from a row, if this is the kind of rows that its metric is in."""
+        wanted = self._cfg.best
+        if wanted is None or wanted.startswith("evals/") != held_out:
+            return
+        names = (wanted, *(f"{sae}/{wanted}" for sae in trainer.saes))
+        found = [metrics[name] for name in names if name in metrics]
+        if not found:
+            known = {name.removeprefix(f"{sae}/") for name in metrics for sae in trainer.saes}
+            raise ConfigError(
+                f"checkpoint.best: {wanted!r} is not among the logged metrics.{did_you_mean(wanted, known)}"
+            )
+        values = [value for value in found if value is not None]
+        self._score = None if not values else (1 if better(wanted) == "max" else -1) * sum(values) / len(values)
 
     def _caught(self, number: int, frame: FrameType | None) -> None:
         if self._signal is None:

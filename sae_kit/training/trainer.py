@@ -39,7 +39,7 @@ class TrainingResult:
     tokens: int
     steps: int
     tokens_per_second: float
-    """of this fit, from its first row asked for to its last step; evaluation left out"""
+    """of this fit, from its first row asked for to its last step; evaluating and saving left out"""
     metrics: dict[str, float | int]
     """the last row that was logged"""
     status: dict[str, Literal["trained", "failed"]]
@@ -125,12 +125,15 @@ class SAETrainer:
                     last |= {name: value for name, value in self.callbacks.metrics(self).items() if value is not None}
                     self.callbacks.call("on_log", self, last)
                     self._stop_diverged()
+                trained = time.perf_counter()
                 self.callbacks.call("on_step_end", self)
+                aside = time.perf_counter() - trained
+                started, logged = started + aside, logged + aside
             seconds = time.perf_counter() - started
             if self.steps == 0:
                 raise DataError("the stream of activations is empty: expected at least one batch, found none")
-            if self._evaluate is not None:
-                self.callbacks.call("on_eval", self, self._evaluate())
+            if self._evaluate is not None and (row := self._evaluate()):
+                self.callbacks.call("on_eval", self, row)
             self.callbacks.call("on_end", self)
         except BaseException as error:
             self.callbacks.call("on_exception", self, error)

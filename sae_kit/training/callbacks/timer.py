@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,6 +46,12 @@ class Timer(Callback):
 
     def on_step_end(self, trainer: SAETrainer) -> None:
         self._end_of_step()
+        self._since = time.perf_counter()
+
+    def on_eval(self, trainer: SAETrainer, metrics: Metrics) -> None:
+        self._since = time.perf_counter()
+
+    def on_checkpoint(self, trainer: SAETrainer, path: Path) -> None:
         self._since = time.perf_counter()
 
     def _end_of_step(self) -> None:
