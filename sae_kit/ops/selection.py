@@ -2,12 +2,17 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_kit.ops.codes import widen
+
 BLOCK = 64
 """numbers whose maximum is looked at before any of them"""
+MAXIMA = 4
+"""maxima that are looked at in each row for each number that is wanted"""
 
 
 def largest(
@@ -66,8 +71,8 @@ class Largest:
 class LargestOfRows:
     """The `k` largest of each row of numbers that come in parts [rows, width], each with a value, and its column.
 
-    On a CPU only what exceeds the least that a row has kept is looked at after the first part. On CUDA that would be a
-    question to the device.
+    On a CPU only what can be among them is sorted: what is not below a bound of its row, the least that it has kept
+    or, in the first part, the k-th largest maximum of blocks. On CUDA that would be a question to the device.
     """
 
     def __init__(self, k: int) -> None:
@@ -76,17 +81,33 @@ class LargestOfRows:
 
     def add(self, numbers: Float[Tensor, "rows width"], values: Float[Tensor, "rows width"], first: int) -> None:
         """A part whose columns are numbered from `first`."""
-        kept = self._kept
-        if kept is None or kept.numbers.shape[1] < self.k or not len(numbers) or numbers.device.type != "cpu":
+        bound = self._bound(numbers)
+        if bound is None:
             best = numbers.topk(min(self.k, numbers.shape[1]), dim=1, sorted=False).indices
             new = Kept(numbers.gather(1, best), values.gather(1, best), best + first)
         else:
-            new = _above(kept.numbers.amin(dim=1), numbers, values, first)
-        new = _joined(kept, new)
+            new = _not_below(bound, numbers, values, first)
+        new = _joined(self._kept, new)
         if new.numbers.shape[1] > self.k:
             best = new.numbers.topk(self.k, dim=1, sorted=False).indices
             new = Kept(*(each.gather(1, best) for each in new))
         self._kept = new
+
+    def _bound(self, numbers: Float[Tensor, "rows width"]) -> Float[Tensor, " rows"] | None:
+        """What the numbers of each row have to reach; None where it is not worth finding out."""
+        rows, width = numbers.shape
+        if not rows or numbers.device.type != "cpu":
+            return None
+        if self._kept is not None and self._kept.numbers.shape[1] == self.k:
+            return self._kept.numbers.amin(dim=1)
+        blocks = MAXIMA * self.k
+        if width < 2 * blocks:
+            return None
+        per_block = width // blocks
+        # Block b has the columns b, b + blocks, …: neighbours are compared with neighbours.
+        maxima = numbers[:, : per_block * blocks].unflatten(1, (per_block, blocks)).amax(dim=1)
+        partitioned = np.partition(widen(maxima).numpy(), blocks - self.k, axis=1)  # ten times as fast as kthvalue
+        return torch.from_numpy(partitioned[:, blocks - self.k]).to(numbers.dtype)
 
     def result(self) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
         """Values and columns of the largest of each row, in any order."""
@@ -106,10 +127,10 @@ def _joined(kept: Kept | None, new: Kept) -> Kept:
     return new if kept is None else Kept(*(torch.cat(pair, dim=-1) for pair in zip(kept, new, strict=True)))
 
 
-def _above(bound: Float[Tensor, " rows"], numbers: Tensor, values: Tensor, first: int) -> Kept:
-    """What exceeds the bound of its row; shorter rows are filled up with numbers of -inf."""
+def _not_below(bound: Float[Tensor, " rows"], numbers: Tensor, values: Tensor, first: int) -> Kept:
+    """What reaches the bound of its row; shorter rows are filled up with numbers of -inf."""
     rows, width = numbers.shape
-    row, column = (numbers <= bound[:, None]).logical_not_().nonzero(as_tuple=True)  # NaN passes
+    row, column = (numbers < bound[:, None]).logical_not_().nonzero(as_tuple=True)  # NaN passes
     starts = torch.searchsorted(row, torch.arange(rows + 1))
     longest = int(starts.diff().max())
     place, source = row * longest + torch.arange(len(row)) - starts[row], row * width + column

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sae_kit.ops import Largest, LargestOfRows, largest
-from sae_kit.ops.selection import BLOCK
+from sae_kit.ops.selection import BLOCK, MAXIMA
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -106,3 +106,22 @@ def test_of_no_rows_nothing_is_kept() -> None:
     for first in (0, 5):
         kept.add(torch.zeros(0, 5, device=DEVICE), torch.zeros(0, 5, device=DEVICE), first)
     assert kept.result()[0].shape == (0, 3)
+
+
+@pytest.mark.parametrize("k", [1, 5, 32])
+@pytest.mark.parametrize("width", [256, 1000, 2048])
+def test_the_largest_of_long_rows_are_found_among_maxima_of_blocks(k: int, width: int) -> None:
+    """Also where they all lie in one block, where numbers are equal, and where some are none."""
+    x = numbers(40 * width, seed=2).reshape(40, width)
+    blocks = MAXIMA * k
+    x[1, 3::blocks] += 100  # one block holds them
+    x[2] = 0.0
+    x[3, 5] = math.nan
+    x[4] = -math.inf
+    kept = LargestOfRows(k)
+    kept.add(x, x, 0)
+    found, columns = kept.result()
+    expected = x.topk(k, dim=1).values
+    torch.testing.assert_close(found.sort(dim=1, descending=True).values, expected, rtol=0, atol=0, equal_nan=True)
+    assert all(len(set(row)) == k for row in columns.tolist())
+    torch.testing.assert_close(x.gather(1, columns), found, rtol=0, atol=0, equal_nan=True)
