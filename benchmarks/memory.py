@@ -8,6 +8,9 @@ is part of what a step allocates; the forward pass, in which there are none yet,
 pre-activations at once, `chunked` a sixteenth of them at a time (`train.max_pre_bytes`), `default` as many as a run
 that does not say.
 
+`4 passes` is what a step in four passes (`train.accumulate`) holds, as a share of one in a single pass, both by default
+and with the gradients there before the step begins: the first of four passes ends with them, the others do not wait.
+
 On the CPU the bytes are those that torch's allocator hands out and takes back (the profiler records every call); on
 CUDA they are `torch.cuda.max_memory_allocated`.
 """
@@ -21,7 +24,7 @@ from cases import Case, names, normal_rows
 from timing import SIZES, parse_size, parser, start
 from torch.profiler import ProfilerActivity, profile
 
-CHUNKS = 16
+CHUNKS, PASSES = 16, 4
 NO_LIMIT = 2**50
 
 
@@ -39,17 +42,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             unit = batch * d_sae * 4
             if not args.json:
                 print(f"\n{d_in} -> {d_sae:,}, batch {batch:,}, k {args.k}; unit {unit / 2**20:.0f} MiB\n")
-                print("| case | L0 | whole | default | chunked |\n|---|--:|--:|--:|--:|")
+                print("| case | L0 | whole | default | chunked | 4 passes |\n|---|--:|--:|--:|--:|--:|")
             x = normal_rows(batch, d_in, torch.empty(0, device=device))
             for name in args.architectures:
                 found: dict[str, Any] = {"size": size, "batch": batch, "case": name}
                 for way, limit in (("whole", NO_LIMIT), ("default", None), ("chunked", unit // CHUNKS)):
                     needed, found["l0"] = beyond(Case(name, d_sae, x, args.k, max_pre_bytes=limit))
                     found[way] = needed / unit
+                one, four = (activations(Case(name, d_sae, x, args.k, accumulate=passes)) for passes in (1, PASSES))
+                found["passes"] = four / one
                 if args.json:
                     print(json.dumps(found), flush=True)
                 else:
-                    numbers = (f"{found['l0']:.1f}", *(f"{found[way]:.2f}" for way in ("whole", "default", "chunked")))
+                    ways = ("whole", "default", "chunked", "passes")
+                    numbers = (f"{found['l0']:.1f}", *(f"{found[way]:.2f}" for way in ways))
                     print(" | ".join((f"| {name}", *numbers)) + " |", flush=True)
 
 
@@ -59,6 +65,15 @@ def beyond(case: Case) -> tuple[int, float]:
     case.step()
     gradients = sum(p.numel() * p.element_size() for p in case.part.sae.parameters())
     return peak(case) - gradients, case.l0()
+
+
+def activations(case: Case) -> int:
+    """Bytes that a step needs for a while, beyond the gradients, which are there before it begins."""
+    case.step()
+    case.step()
+    for parameter in case.part.sae.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return peak(case)
 
 
 def peak(case: Case) -> int:

@@ -20,7 +20,7 @@ from sae_kit.sae_config import DTYPES, SAEConfig
 from sae_kit.seeding import generator
 
 LATENTS_PER_BLOCK = 1_024  # initial weights are drawn per block, so that they do not depend on how latents are sharded
-SLICE_BYTES = {"cpu": 2**24}  # pre-activations at a time that stay in its cache; elsewhere 1 GiB
+SLICE_BYTES = {"cpu": 2**24}  # pre-activations at a time that stay in its cache
 SPARSE_BELOW = {"cpu": 0.03}  # density from which dense products are faster; elsewhere 0.8%, bandwidth / matrix rate
 STATISTICS = tuple(f"norm_{side}.{name}" for side in ("in", "out") for name in ("scale", "mean", "matrix", "inverse"))
 
@@ -233,7 +233,7 @@ class SAEWeights(nn.Module):
         geometry, rows = self.geometry, len(x)
         with torch.no_grad():
             bias = self._centred(bias).detach()
-        limit = self.max_pre_bytes or SLICE_BYTES.get(x.device.type, 2**30)
+        limit = self.max_pre_bytes or slice_bytes(x.device)
         groups = max(limit // (max(rows, 1) * multiple * x.element_size()), 1)
         width = math.ceil(self.d_sae / multiple / math.ceil(self.d_sae / multiple / groups)) * multiple
         amp = torch.is_autocast_enabled(x.device.type)  # products into given memory are none of those that it changes
@@ -394,6 +394,11 @@ class Slice(NamedTuple):
     layer: int
     first: int
     """number of the first one, on the axis of all latents"""
+
+
+def slice_bytes(device: torch.device) -> int:
+    """Pre-activations that are held at a time where nobody says otherwise, in bytes."""
+    return SLICE_BYTES.get(device.type, 2**30)
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
