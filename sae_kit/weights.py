@@ -225,7 +225,7 @@ class SAEWeights(nn.Module):
         factor: Float[Tensor, " n_latents"] | None = None,
         multiple: int = 1,
     ) -> Iterator["Slice"]:
-        """h = (x − a·b_dec) W_enc + bias, and h · factor, a slice of latents at a time, without graph.
+        """((x − a·b_dec) W_enc + bias) · factor, a slice of latents at a time, without graph.
 
         No slice is larger than `max_pre_bytes`, and its width is a multiple of `multiple`. All lie in the same memory:
         a slice is gone when the next one is asked for.
@@ -239,19 +239,17 @@ class SAEWeights(nn.Module):
         amp = torch.is_autocast_enabled(x.device.type)  # products into given memory are none of those that it changes
         dtype = torch.get_autocast_dtype(x.device.type) if amp else x.dtype
         memory = x.new_empty(rows * width, dtype=dtype)
-        scratch = None if factor is None else factor.new_empty(rows * width)
         for layer in range(geometry.layers):
             read, W_enc = geometry.read(x.detach(), layer).to(dtype), geometry.encoder(self.W_enc.detach(), layer)
             for start in range(0, self.d_sae, width):
                 weights, first = W_enc[:, start : start + width], layer * self.d_sae + start
-                number = weights.shape[1]
-                own = slice(first, first + number)
-                pre = memory[: rows * number].view(rows, number)
-                torch.addmm(bias[own].to(dtype), read, weights.to(dtype), out=pre)
-                ranked = pre
-                if factor is not None and scratch is not None:
-                    ranked = torch.mul(pre, factor[own], out=scratch[: pre.numel()].view_as(pre))
-                yield Slice(pre, ranked, layer, first)
+                own = slice(first, first + weights.shape[1])
+                offset = bias[own]
+                if factor is not None:  # there are fewer weights than products
+                    weights, offset = weights * factor[own], offset * factor[own]
+                values = memory[: rows * weights.shape[1]].view(rows, -1)
+                torch.addmm(offset.to(dtype), read, weights.to(dtype), out=values)
+                yield Slice(values, layer, first)
 
     def with_gradient(self, x: Float[Tensor, "rows ..."], bias: Tensor, picked: SparseCodes) -> SparseCodes:
         """Pre-activations of chosen entries, `picked` from slices, in the graph of x, W_enc, bias and b_dec."""
@@ -282,14 +280,14 @@ class SAEWeights(nn.Module):
         most, found = self.sparse_share * len(x) * n_latents, 0
         parts: list[tuple[Tensor, Tensor]] = []
         for part in self.slices(x, bias):
-            own = bound[part.first : part.first + part.pre.shape[1]]
+            own = bound[part.first : part.first + part.values.shape[1]]
             # What is not a number passes: an SAE that has diverged must show it.
-            passes = (part.pre <= own).logical_not_()
+            passes = (part.values <= own).logical_not_()
             found += int(passes.count_nonzero())
             if found > most:
                 return self.project(x, bias)
             row, latent = passes.nonzero(as_tuple=True)
-            parts.append((row * n_latents + latent + part.first, part.pre[row, latent]))
+            parts.append((row * n_latents + latent + part.first, part.values[row, latent]))
         keys, values = (torch.cat(several) for several in zip(*parts, strict=True))
         if len(parts) > 1:
             keys, order = keys.sort()
@@ -386,11 +384,9 @@ class SAEWeights(nn.Module):
 
 
 class Slice(NamedTuple):
-    """Pre-activations of some neighbouring latents of one block."""
+    """Pre-activations of some neighbouring latents of one block, each times the factor of its latent."""
 
-    pre: Float[Tensor, "rows width"]
-    ranked: Float[Tensor, "rows width"]
-    """pre-activations as they are compared with each other"""
+    values: Float[Tensor, "rows width"]
     layer: int
     first: int
     """number of the first one, on the axis of all latents"""

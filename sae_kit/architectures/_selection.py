@@ -70,14 +70,13 @@ class SelectionSAE(SAE):
     def parts(
         self, x: Float[Tensor, "rows ..."], pre: Float[Tensor, "rows n_latents"] | None, multiple: int = 1
     ) -> Iterator[Slice]:
-        """Slices of pre-activations: of those given, or else as they are computed."""
+        """Slices of z: of the pre-activations given, or else as they are computed."""
         if pre is None:
             yield from self.slices(x, self.b_enc, self.rank_factor(), multiple)
             return
-        pre, z = pre.detach(), self.ranked(pre)
+        z = self.ranked(pre)
         for layer in range(self.geometry.layers):
-            own, ranked = self.geometry.latents(pre, layer), self.geometry.latents(z, layer)
-            yield Slice(own, ranked, layer, layer * self.d_sae)
+            yield Slice(self.geometry.latents(z, layer), layer, layer * self.d_sae)
 
     def codes(
         self,
@@ -85,8 +84,12 @@ class SelectionSAE(SAE):
         pre: Float[Tensor, "rows n_latents"] | None,
         picked: SparseCodes,
     ) -> SparseCodes:
-        """Codes of what was picked from slices, in the graph of `pre` if that was given."""
-        found = self.with_gradient(x, self.b_enc, picked) if pre is None else picked.taken_from(pre)
+        """Codes of those that were picked by their z, in the graph of `pre` if that was given."""
+        if pre is not None:
+            found = picked.taken_from(pre)
+        else:
+            factor = self.rank_factor()
+            found = self.with_gradient(x, self.b_enc, picked if factor is None else picked.scale(1 / factor))
         return found.with_values(self.activation(found.values))
 
 
@@ -139,33 +142,36 @@ class RowSelectionSAE(SelectionSAE):
     def _picked(
         self, rows: Float[Tensor, "rows ..."], pre: Float[Tensor, "rows n_latents"] | None, k: int
     ) -> SparseCodes:
-        """Pre-activations and indices of those who are kept: each slice competes with the best of those before it."""
+        """z and indices of those who are kept: each slice competes with the best of those before it."""
         groups = self.cfg.selection == "groupmax"
         size = self.d_sae // k if groups else 1
-        kept = [GroupMaxima(size) if groups else LargestOfRows(k) for _ in range(self.geometry.layers)]
+        kept = [
+            GroupMaxima(size, self.strength) if groups else LargestOfRows(k, self.strength)
+            for _ in range(self.geometry.layers)
+        ]
         for part in self.parts(rows, pre, size):
-            kept[part.layer].add(self.strength(part.ranked), part.pre, part.first)
-        h, latents = (torch.cat(each, dim=1) for each in zip(*(best.result() for best in kept), strict=True))
-        return SparseCodes(h, latents, self.geometry.n_latents, (len(rows),))
+            kept[part.layer].add(part.values, part.first)
+        z, latents = (torch.cat(each, dim=1) for each in zip(*(best.result() for best in kept), strict=True))
+        return SparseCodes(z, latents, self.geometry.n_latents, (len(rows),))
 
 
 class GroupMaxima:
     """The largest of each group of `size` neighbours, of numbers that come in parts (Eleuther's sparsify)."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, by: Callable[[Tensor], Tensor]) -> None:
+        self.size, self.by = size, by
         self._kept: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, numbers: Float[Tensor, "rows width"], values: Float[Tensor, "rows width"], first: int) -> None:
+    def add(self, numbers: Float[Tensor, "rows width"], first: int) -> None:
         """A part of whole groups whose columns are numbered from `first`."""
-        groups = numbers.unflatten(1, (-1, self.size))
+        groups = self.by(numbers).unflatten(1, (-1, self.size))
         best = groups.argmax(dim=2) + torch.arange(groups.shape[1], device=numbers.device) * self.size
-        self._kept.append((values.gather(1, best), best + first))
+        self._kept.append((numbers.gather(1, best), best + first))
 
     def result(self) -> tuple[Float[Tensor, "rows groups"], Int[Tensor, "rows groups"]]:
-        """Values and columns."""
-        values, columns = (torch.cat(each, dim=1) for each in zip(*self._kept, strict=True))
-        return values, columns
+        """Numbers and columns."""
+        numbers, columns = (torch.cat(each, dim=1) for each in zip(*self._kept, strict=True))
+        return numbers, columns
 
 
 # ---- k·B of a batch of B rows ----------------------------------------------------------------------------------------
@@ -259,7 +265,7 @@ class BatchSelectionSAE(SelectionSAE):
     def _picked(
         self, x: Float[Tensor, "rows ..."], pre: Float[Tensor, "rows n_latents"] | None, number: int
     ) -> SparseCodes:
-        """Pre-activations of the `number` largest of each scope, in the order of rows and latents.
+        """z of the `number` largest of each scope, in the order of rows and latents.
 
         Slice after slice goes into the largest so far, the least of which is a bound for the next.
         """
@@ -267,10 +273,10 @@ class BatchSelectionSAE(SelectionSAE):
         per_scope = n_latents // self._scopes
         kept = [Largest(number) for _ in range(self._scopes)]
         for part in self.parts(x, pre):
-            kept[part.first // per_scope].add(part.ranked, part.pre, part.first, n_latents)
-        h, keys = (torch.cat(each) for each in zip(*(best.result() for best in kept), strict=True))
+            kept[part.first // per_scope].add(part.values, part.first, n_latents)
+        z, keys = (torch.cat(each) for each in zip(*(best.result() for best in kept), strict=True))
         keys, order = keys.sort()
-        return SparseCodes.from_keys(keys, h[order], len(x), n_latents)
+        return SparseCodes.from_keys(keys, z[order], len(x), n_latents)
 
     @torch.no_grad()
     def observe(self, encoding: Encoding, values: Mapping[str, float]) -> None:

@@ -1,5 +1,6 @@
 """The largest of very many numbers, and those above a bound."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -44,102 +45,97 @@ def largest(
 
 
 class Largest:
-    """The `wanted` largest of numbers that come in parts, each with a value and a key that go with it."""
+    """The `wanted` largest of numbers that come in parts, each with a key that goes with it."""
 
     def __init__(self, wanted: int) -> None:
         self.wanted = wanted
         self._kept: Kept | None = None
 
-    def add(self, numbers: Tensor, values: Tensor, first_key: int, row_stride: int) -> None:
-        """A part [rows, width] of numbers and of values; entry (r, j) has the key first_key + r · row_stride + j."""
+    def add(self, numbers: Float[Tensor, "rows width"], first_key: int, row_stride: int) -> None:
+        """A part of which entry (r, j) has the key first_key + r · row_stride + j."""
         flat, width, kept = numbers.reshape(-1), numbers.shape[1], self._kept
         bound = kept.numbers.min() if kept is not None and len(kept.numbers) == self.wanted else None
         found = largest(flat, self.wanted, bound)
-        keys = first_key + found // width * row_stride + found % width
-        new = _joined(kept, Kept(flat[found], values.reshape(-1)[found], keys))
+        new = _joined(kept, Kept(flat[found], first_key + found // width * row_stride + found % width))
         if len(new.numbers) > self.wanted:
             best = new.numbers.topk(self.wanted, sorted=False).indices
             new = Kept(*(each[best] for each in new))
         self._kept = new
 
-    def result(self) -> tuple[Float[Tensor, " found"], Int[Tensor, " found"]]:
-        """Values and keys of the largest, in any order."""
+    def result(self) -> "Kept":
+        """The largest and their keys, in any order."""
         assert self._kept is not None
-        return self._kept.values, self._kept.keys
+        return self._kept
 
 
 class LargestOfRows:
-    """The `k` largest of each row of numbers that come in parts [rows, width], each with a value, and its column.
+    """The `k` numbers of each row that are largest in `by`, and their columns, of numbers in parts [rows, width].
 
     On a CPU only what can be among them is sorted: what is not below a bound of its row, the least that it has kept
     or, in the first part, the k-th largest maximum of blocks. On CUDA that would be a question to the device.
     """
 
-    def __init__(self, k: int) -> None:
-        self.k = k
+    def __init__(self, k: int, by: Callable[[Tensor], Tensor] = torch.positive) -> None:
+        self.k, self.by = k, by
         self._kept: Kept | None = None
 
-    def add(self, numbers: Float[Tensor, "rows width"], values: Float[Tensor, "rows width"], first: int) -> None:
+    def add(self, numbers: Float[Tensor, "rows width"], first: int) -> None:
         """A part whose columns are numbered from `first`."""
-        bound = self._bound(numbers)
+        compared = self.by(numbers)
+        bound = self._bound(compared)
         if bound is None:
-            best = numbers.topk(min(self.k, numbers.shape[1]), dim=1, sorted=False).indices
-            new = Kept(numbers.gather(1, best), values.gather(1, best), best + first)
+            best = compared.topk(min(self.k, numbers.shape[1]), dim=1, sorted=False).indices
+            new = Kept(numbers.gather(1, best), best + first)
         else:
-            new = _not_below(bound, numbers, values, first)
+            new = self._reaching(bound, compared, numbers, first)
         new = _joined(self._kept, new)
         if new.numbers.shape[1] > self.k:
-            best = new.numbers.topk(self.k, dim=1, sorted=False).indices
+            compared = self.by(new.numbers).masked_fill(new.keys < 0, -torch.inf)
+            best = compared.topk(self.k, dim=1, sorted=False).indices
             new = Kept(*(each.gather(1, best) for each in new))
         self._kept = new
 
-    def _bound(self, numbers: Float[Tensor, "rows width"]) -> Float[Tensor, " rows"] | None:
+    def _bound(self, compared: Float[Tensor, "rows width"]) -> Float[Tensor, " rows"] | None:
         """What the numbers of each row have to reach; None where it is not worth finding out."""
-        rows, width = numbers.shape
-        if not rows or numbers.device.type != "cpu":
+        rows, width = compared.shape
+        if not rows or compared.device.type != "cpu":
             return None
         if self._kept is not None and self._kept.numbers.shape[1] == self.k:
-            return self._kept.numbers.amin(dim=1)
+            return self.by(self._kept.numbers).amin(dim=1)
         blocks = MAXIMA * self.k
         if width < 2 * blocks:
             return None
         per_block = width // blocks
         # Block b has the columns b, b + blocks, …: neighbours are compared with neighbours.
-        maxima = numbers[:, : per_block * blocks].unflatten(1, (per_block, blocks)).amax(dim=1)
+        maxima = compared[:, : per_block * blocks].unflatten(1, (per_block, blocks)).amax(dim=1)
         partitioned = np.partition(widen(maxima).numpy(), blocks - self.k, axis=1)  # ten times as fast as kthvalue
-        return torch.from_numpy(partitioned[:, blocks - self.k]).to(numbers.dtype)
+        return torch.from_numpy(partitioned[:, blocks - self.k]).to(compared.dtype)
 
-    def result(self) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
-        """Values and columns of the largest of each row, in any order."""
+    @staticmethod
+    def _reaching(bound: Float[Tensor, " rows"], compared: Tensor, numbers: Tensor, first: int) -> "Kept":
+        """Those that reach the bound of their row; shorter rows are filled up with keys of -1."""
+        rows, width = numbers.shape
+        row, column = (compared < bound[:, None]).logical_not_().nonzero(as_tuple=True)  # NaN passes
+        starts = torch.searchsorted(row, torch.arange(rows + 1))
+        longest = int(starts.diff().max())
+        place = row * longest + torch.arange(len(row)) - starts[row]
+        new = Kept(numbers.new_zeros(rows, longest), torch.full((rows, longest), -1))
+        new.numbers.view(-1)[place] = numbers.reshape(-1)[row * width + column]
+        new.keys.view(-1)[place] = column + first
+        return new
+
+    def result(self) -> "Kept":
+        """The largest of each row and their columns, in any order."""
         assert self._kept is not None
-        return self._kept.values, self._kept.keys
+        return self._kept
 
 
 class Kept(NamedTuple):
     """What has been kept so far."""
 
     numbers: Tensor
-    values: Tensor
     keys: Tensor
 
 
 def _joined(kept: Kept | None, new: Kept) -> Kept:
     return new if kept is None else Kept(*(torch.cat(pair, dim=-1) for pair in zip(kept, new, strict=True)))
-
-
-def _not_below(bound: Float[Tensor, " rows"], numbers: Tensor, values: Tensor, first: int) -> Kept:
-    """What reaches the bound of its row; shorter rows are filled up with numbers of -inf."""
-    rows, width = numbers.shape
-    row, column = (numbers < bound[:, None]).logical_not_().nonzero(as_tuple=True)  # NaN passes
-    starts = torch.searchsorted(row, torch.arange(rows + 1))
-    longest = int(starts.diff().max())
-    place, source = row * longest + torch.arange(len(row)) - starts[row], row * width + column
-    new = Kept(
-        numbers.new_full((rows, longest), -torch.inf),
-        values.new_zeros(rows, longest),
-        torch.zeros(rows, longest, dtype=torch.int64),
-    )
-    new.numbers.view(-1)[place] = numbers.reshape(-1)[source]
-    new.values.view(-1)[place] = values.reshape(-1)[source]
-    new.keys.view(-1)[place] = column + first
-    return new

@@ -69,12 +69,12 @@ def test_no_slice_is_larger_than_asked(name: str, geometry: str) -> None:
     sae.max_pre_bytes = 5 * BATCH * 4
     x = batch(sae, BATCH).x
     bias = torch.zeros(sae.latent_shape)
-    parts = [(part.pre.clone(), part.first) for part in sae.slices(x, bias)]
+    parts = [(part.values.clone(), part.first) for part in sae.slices(x, bias)]
     assert max(pre.shape[1] for pre, _ in parts) <= 5
     assert [first for _, first in parts] == sorted({first for _, first in parts})
     whole = torch.cat([pre for pre, _ in parts], dim=1)
     torch.testing.assert_close(whole, sae.project(x, bias).detach(), rtol=1e-5, atol=1e-5)
-    wide = [part.pre.shape[1] for part in sae.slices(x, bias, multiple=8)]
+    wide = [part.values.shape[1] for part in sae.slices(x, bias, multiple=8)]
     assert all(width == 8 for width in wide), "at least one group, however little memory is granted"
     assert sum(wide) == sae.geometry.n_latents
 

@@ -60,17 +60,15 @@ def test_what_is_not_a_number_is_found(wanted: int) -> None:
 @pytest.mark.parametrize("wanted", [1, 10, 300, 10**6])
 @pytest.mark.parametrize("width", [1, 7, 128, 500])
 def test_parts_give_what_the_whole_gives(wanted: int, width: int) -> None:
-    """With the values and the keys that go with the numbers, however the whole is cut."""
+    """With the keys that go with the numbers, however the whole is cut."""
     whole = numbers(20 * 500, seed=1).reshape(20, 500)
-    values = whole * 2 + 1
     kept = Largest(wanted)
     for first in range(0, 500, width):
-        part = slice(first, first + width)
-        kept.add(whole[:, part], values[:, part], first, 500)
+        kept.add(whole[:, first : first + width], first, 500)
     expected = whole.flatten().topk(min(wanted, whole.numel())).indices
     found, keys = kept.result()
     assert set(keys.tolist()) == set(expected.tolist())
-    assert torch.equal(found, values.flatten()[keys])
+    assert torch.equal(found, whole.flatten()[keys])
 
 
 @pytest.mark.parametrize("rising", [False, True])
@@ -80,13 +78,12 @@ def test_parts_give_what_whole_rows_give(k: int, width: int, rising: bool) -> No
     """Also where every part beats those before it, and where one does not fill k."""
     whole = numbers(20 * 500, seed=2).reshape(20, 500) - 10  # below 0, so that what fills up rows could be seen
     whole = whole.sort(dim=1).values if rising else whole
-    values, kept = whole * 2 + 1, LargestOfRows(k)
+    kept = LargestOfRows(k)
     for first in range(0, 500, width):
-        part = slice(first, first + width)
-        kept.add(whole[:, part], values[:, part], first)
+        kept.add(whole[:, first : first + width], first)
     found, columns = kept.result()
     assert torch.equal(columns.sort(dim=1).values, whole.topk(k, dim=1).indices.sort(dim=1).values)
-    assert torch.equal(found, values.gather(1, columns))
+    assert torch.equal(found, whole.gather(1, columns))
 
 
 def test_rows_keep_what_is_not_a_number() -> None:
@@ -94,7 +91,7 @@ def test_rows_keep_what_is_not_a_number() -> None:
     whole[1, 5] = whole[2, 55] = math.nan
     kept = LargestOfRows(6)
     for first in range(0, 60, 20):
-        kept.add(whole[:, first : first + 20], whole[:, first : first + 20], first)
+        kept.add(whole[:, first : first + 20], first)
     found, columns = kept.result()
     assert 5 in columns[1]
     assert 55 in columns[2]
@@ -104,8 +101,21 @@ def test_rows_keep_what_is_not_a_number() -> None:
 def test_of_no_rows_nothing_is_kept() -> None:
     kept = LargestOfRows(3)
     for first in (0, 5):
-        kept.add(torch.zeros(0, 5, device=DEVICE), torch.zeros(0, 5, device=DEVICE), first)
+        kept.add(torch.zeros(0, 5, device=DEVICE), first)
     assert kept.result()[0].shape == (0, 3)
+
+
+@pytest.mark.parametrize("width", [20, 300, 1200])
+def test_rows_may_be_compared_by_another_number(width: int) -> None:
+    """Kept is the number itself, of either sign."""
+    whole = numbers(30 * 1200, seed=5).reshape(30, 1200)
+    kept = LargestOfRows(9, torch.abs)
+    for first in range(0, 1200, width):
+        kept.add(whole[:, first : first + width], first)
+    found, columns = kept.result()
+    assert torch.equal(columns.sort(dim=1).values, whole.abs().topk(9, dim=1).indices.sort(dim=1).values)
+    assert torch.equal(found, whole.gather(1, columns))
+    assert (found < 0).any()
 
 
 @pytest.mark.parametrize("k", [1, 5, 32])
@@ -119,7 +129,7 @@ def test_the_largest_of_long_rows_are_found_among_maxima_of_blocks(k: int, width
     x[3, 5] = math.nan
     x[4] = -math.inf
     kept = LargestOfRows(k)
-    kept.add(x, x, 0)
+    kept.add(x, 0)
     found, columns = kept.result()
     expected = x.topk(k, dim=1).values
     torch.testing.assert_close(found.sort(dim=1, descending=True).values, expected, rtol=0, atol=0, equal_nan=True)
