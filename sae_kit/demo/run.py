@@ -35,7 +35,7 @@ CONFIG = {
     "train": {"batch_tokens": 1024},
     "optim": {"lr": 2e-3},
     "log": {"every_tokens": 51_200},
-    "eval": {"tokens": 65_536, "fidelity_tokens": 65_536},
+    "eval": {"every_tokens": None, "tokens": 65_536, "fidelity_tokens": 65_536},
 }
 """The demo is an ordinary run: `sae-kit train` accepts the same tree from a file."""
 

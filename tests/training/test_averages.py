@@ -66,7 +66,7 @@ def test_a_run_evaluates_and_saves_the_average(tmp_path: Path) -> None:
         buffer={"tokens": 1024},
         train={"batch_tokens": 512},
         optim={"lr": 3e-3, "ema": 0.9},
-        eval={"at_end": False},
+        eval={"at_end": False, "every_tokens": None},
         log={"console": False},
     )
     saved = SAE.load_from_disk(result.folder / "saes" / "sae").W_dec

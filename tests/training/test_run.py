@@ -23,7 +23,7 @@ SMALL: dict[str, Any] = {
     "train": {"batch_tokens": 512},
     "buffer": {"tokens": 4096},
     "optim": {"lr": 3e-3},
-    "eval": {"tokens": 2048, "fidelity_tokens": 1024},
+    "eval": {"every_tokens": None, "tokens": 2048, "fidelity_tokens": 1024},
     "log": {"console": False, "every_tokens": 4096},
     "checkpoint": {"every_tokens": None, "every_minutes": None},
 }
@@ -109,7 +109,7 @@ def test_one_seed_gives_one_result(result: RunResult, tmp_path: Path) -> None:
     for path in (result.folder / "saes" / "sae").glob("*.safetensors"):
         assert path.read_bytes() == (again.folder / "saes" / "sae" / path.name).read_bytes()
     assert again.evals == result.evals
-    other = tiny(tmp_path / "other", seed=1, eval={"at_end": False})
+    other = tiny(tmp_path / "other", seed=1, eval={"at_end": False, "every_tokens": None})
     assert not torch.equal(other.saes["sae"].W_dec, result.saes["sae"].W_dec)
     assert other.evals == {}
 
@@ -130,7 +130,11 @@ def test_the_run_says_where_an_sae_reads(result: RunResult, tmp_path: Path) -> N
     old = result.saes["sae"].cfg.metadata
     old = dataclasses.replace(old, neuronpedia_id="x", hook_head_index=0, l0=None)
     sae = TopKSAEConfig(d_sae=256, k=16, metadata=old)
-    found = tiny(tmp_path, hook="blocks.3.hook_resid_pre", sae=sae, eval={"at_end": False}).saes["sae"].cfg.metadata
+    found = (
+        tiny(tmp_path, hook="blocks.3.hook_resid_pre", sae=sae, eval={"at_end": False, "every_tokens": None})
+        .saes["sae"]
+        .cfg.metadata
+    )
     assert found.hook_name == "blocks.3.hook_resid_pre"
     assert (found.neuronpedia_id, found.hook_head_index) == ("x", None)
 
@@ -185,7 +189,7 @@ def test_wandb_keeps_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_MODE", "offline")
     log = {**SMALL["log"], "wandb": {"project": "p", "mode": "offline", "tags": ["t"]}}
-    found = tiny(tmp_path, log=log, eval={"at_end": False})
+    found = tiny(tmp_path, log=log, eval={"at_end": False, "every_tokens": None})
     (kept,) = (found.folder / "wandb").glob("offline-run-*/run-*.wandb")
     content = kept.read_bytes()
     assert b"metrics/explained_variance" in content
@@ -294,7 +298,7 @@ def test_a_transcoder_in_one_call(tmp_path: Path) -> None:
         sae={"architecture": "topk", "d_sae": 64, "k": 4, "skip": True},
         tokens=1024,
         train={"batch_tokens": 256},
-        eval={"at_end": False},
+        eval={"at_end": False, "every_tokens": None},
         out=str(tmp_path),
     )
     transcoder = SAE.load_from_disk(result.folder / "saes" / "sae")

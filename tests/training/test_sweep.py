@@ -162,7 +162,7 @@ def test_a_sweep_without_a_base_needs_exactly_one_sae() -> None:
 
 def test_sweeps_train_and_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Entries of one run share its pass; runs come one after the other, and what is finished is not begun again."""
-    fields = {"data": {"context_size": 64}, "buffer": {"tokens": 2048}, "eval": {"at_end": False}}
+    fields = {"data": {"context_size": 64}, "buffer": {"tokens": 2048}, "eval": {"at_end": False, "every_tokens": None}}
     fields |= {"log": {"console": False}, "out": str(tmp_path), "tokens": 1024, "name": "b{train.batch_tokens}"}
     tree = {**sweep(grid={"sae.k": [2, 4], "train.batch_tokens": [256, 512]}), **fields}
     folders = train_sweep(tree)
