@@ -30,8 +30,10 @@ from sae_kit.training.callbacks import Callback, configured_callbacks
 from sae_kit.training.config import RunConfig
 from sae_kit.training.evaluating import Evaluate, check_awaited
 from sae_kit.training.inputs import LiveInputs, open_inputs
+from sae_kit.training.optim import OptimizerFactory
+from sae_kit.training.part import OwnLoss
 from sae_kit.training.results import RESULTS, write_results
-from sae_kit.training.resume import checkpoint_to_resume, go_on
+from sae_kit.training.resume import PROBE, checkpoint_to_resume, go_on, only_begun
 from sae_kit.training.saving import Saving
 from sae_kit.training.trainer import SAETrainer, TrainingResult
 
@@ -75,6 +77,8 @@ def train(
     hook_out: str | Sequence[str] | None = None,
     tokenizer: Any = None,
     callbacks: Sequence[Callback] = (),
+    optimizer: OptimizerFactory | None = None,
+    loss: OwnLoss | None = None,
     **fields: Any,
 ) -> RunResult:
     """Train one SAE on one site of a model, evaluate it on held-out text and save it.
@@ -82,8 +86,8 @@ def train(
     `model` is a hub id, a folder, "demo", or a model with its `tokenizer`; `dataset` is a hub id, a file, a folder,
     "demo", or any iterable of documents; neither is needed with `cache={"read": ...}`. With `hook_out` the SAE is a
     transcoder, which writes that site; with several hooks a crosscoder, or a cross-layer transcoder if
-    `sae.cross_layer` says so. Every other field of the config tree goes by its section: `optim={"lr": 1e-4}`,
-    `train={"batch_tokens": 2048}`.
+    `sae.cross_layer` says so. `optimizer` and `loss` are those of `SAETrainer`. Every other field of the config tree
+    goes by its section: `optim={"lr": 1e-4}`, `train={"batch_tokens": 2048}`.
 
     Raises:
         ConfigError: an unknown or impossible field. HookNotFoundError: `hook` is not in the model.
@@ -101,7 +105,15 @@ def train(
         documents = dataset
     cfg = RunConfig.from_dict(tree)
     host = model if isinstance(model, nn.Module) else None
-    return run(cfg, model=host, tokenizer=tokenizer, documents=documents, callbacks=callbacks)
+    return run(
+        cfg,
+        model=host,
+        tokenizer=tokenizer,
+        documents=documents,
+        callbacks=callbacks,
+        optimizer=optimizer,
+        loss=loss,
+    )
 
 
 def run(
@@ -111,9 +123,13 @@ def run(
     tokenizer: Any = None,
     documents: Iterable[str] | None = None,
     callbacks: Sequence[Callback] = (),
+    optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None,
+    loss: OwnLoss | None = None,
     override: bool = False,
 ) -> RunResult:
     """Everything from config to saved SAEs. Objects that are passed take the place of what `cfg` names.
+
+    `optimizer` and `loss` are those of `SAETrainer`; what a config cannot hold has to be passed again to go on.
 
     A run that was interrupted goes on from its newest checkpoint (`checkpoint.resume`); `override` accepts that its
     config has changed since.
@@ -126,7 +142,7 @@ def run(
     pick_device(cfg.train.device, "train.device")
     folder = Path(cfg.out) / (cfg.name or default_name(cfg))
     found = checkpoint_to_resume(cfg, folder, override=override)
-    make_folder(folder, resuming=found is not None)
+    make_folder(folder, resuming=found is not None or only_begun(cfg, folder))
     inputs, live = open_inputs(cfg, model, tokenizer, documents)
     saes = build_saes(cfg, inputs) if found is None else restored_saes(cfg, found)
     store = inputs.open()
@@ -156,8 +172,9 @@ def run(
             final[name].save_model(folder / "saes" / name)
         return row
 
-    loss = None if live is None else live.loss(saes, store)
-    trainer = SAETrainer(cfg, saes, store, callbacks=observers, evaluate=finish, loss=loss)
+    losses = [terms for terms in (loss, None if live is None else live.loss(saes, store)) if terms is not None]
+    together = _together(losses) if losses else None
+    trainer = SAETrainer(cfg, saes, store, callbacks=observers, evaluate=finish, optimizer=optimizer, loss=together)
     if found is not None:
         go_on(trainer, store, found)
     (folder / RESULTS).unlink(missing_ok=True)  # a run that grows is not finished
@@ -180,6 +197,11 @@ def run(
     }
     write_results(folder, results)
     return RunResult(folder, final, evals, training)
+
+
+def _together(losses: Sequence[OwnLoss]) -> OwnLoss:
+    """The terms of all of them."""
+    return lambda sae, batch, run: {name: term for loss in losses for name, term in loss(sae, batch, run).items()}
 
 
 def cache_activations(
@@ -228,7 +250,7 @@ def make_folder(folder: Path, *, resuming: bool = False) -> Path:
         taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
         if resuming or not taken:
             folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / ".probe"
+            probe = folder / PROBE
             probe.touch()
             probe.unlink()
     except OSError as error:

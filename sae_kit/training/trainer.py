@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sae_kit.data.batch import Batch, State
 from sae_kit.devices import kernels, pick_device
-from sae_kit.errors import ConfigError, DataError, NonFiniteError, ShapeError
+from sae_kit.errors import ConfigError, DataError, NonFiniteError, ShapeError, did_you_mean
 from sae_kit.sae import SAE
 from sae_kit.training.callbacks import Callback, Callbacks, Console
 from sae_kit.training.config import RunConfig
@@ -54,9 +54,9 @@ class SAETrainer:
     `batches` yields tensors [batch, *in_shape], mappings from site to [batch, width] (each SAE takes the sites of its
     entry, or those in its metadata), or `Batch(x, y)`. `evaluate` is called after the last step, and
     what it returns is handed to the callbacks. `optimizer` makes another optimizer than `cfg` says, of the parameter
-    groups of each SAE, and `loss` adds terms of your own: fn(sae, batch, run) -> {name: scalar}, where `batch` holds
-    raw rows and `run` what a pass made of them. Of `cfg` only deterministic, saes, optim, schedule, train, log and
-    buffer.norm_estimate_tokens are read here.
+    groups of each SAE, or of those that a mapping names, and `loss` adds terms of your own: fn(sae, batch, run) ->
+    {name: scalar}, where `batch` holds raw rows and `run` what a pass made of them. Of `cfg` only deterministic, saes,
+    optim, schedule, train, log and buffer.norm_estimate_tokens are read here.
 
     `state_dict()`, the tensors of the SAEs and the state of the batches are together all that a run is: new objects
     that are given them go on bit for bit.
@@ -70,7 +70,7 @@ class SAETrainer:
         *,
         callbacks: Sequence[Callback] | None = None,
         evaluate: Callable[[], Mapping[str, float | None]] | None = None,
-        optimizer: OptimizerFactory | None = None,
+        optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None,
         loss: OwnLoss | None = None,
     ) -> None:
         self.cfg = cfg
@@ -88,8 +88,15 @@ class SAETrainer:
             name: cfg.saes[name].sites if name in cfg.saes else sae.cfg.metadata.sites
             for name, sae in self.saes.items()
         }
+        optimizers = optimizer if isinstance(optimizer, Mapping) else dict.fromkeys(self.saes, optimizer)
+        if unknown := optimizers.keys() - self.saes.keys():
+            name = min(unknown)
+            raise ConfigError(
+                f"optimizer: there is no SAE {name!r} in this run, it has {', '.join(self.saes)}."
+                f"{did_you_mean(name, self.saes)}"
+            )
         self.in_training = {
-            name: SAEInTraining(cfg, name, sae.to(device), optimizer=optimizer, loss=loss)
+            name: SAEInTraining(cfg, name, sae.to(device), optimizer=optimizers.get(name), loss=loss)
             for name, sae in self.saes.items()
         }
 
