@@ -5,20 +5,32 @@ passes through what such a loss does to the model.
 """
 
 import logging
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_kit.data.batch import Harvested, State, TokenBatch
-from sae_kit.data.harvest import Harvest
+from sae_kit.data.batch import Harvested, Resumable, State, TokenBatch
 from sae_kit.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
 TOKENS_WITH_LOGITS = 4_096  # of a forward that ends in logits, [tokens, vocabulary]
+
+
+@runtime_checkable
+class Forwards(Resumable, Protocol):
+    """Activations forward by forward, as a `Harvest` gives them."""
+
+    def __next__(self) -> Harvested: ...
+
+    @property
+    def counters(self) -> Mapping[str, int | float]: ...
+
+    @property
+    def provenance(self) -> Mapping[str, Any]: ...
 
 
 class WholeContexts(Iterator[dict[str, Tensor]]):
@@ -28,7 +40,7 @@ class WholeContexts(Iterator[dict[str, Tensor]]):
     batch that are too many count as filtered out.
     """
 
-    def __init__(self, source: Harvest, *, forwards: int = 1, train_tokens: int | None = None) -> None:
+    def __init__(self, source: Forwards, *, forwards: int = 1, train_tokens: int | None = None) -> None:
         self.source, self.forwards = source, forwards
         self.current: list[Harvested] = []
         """the text that the last batch is from, forward by forward, with its rows"""
@@ -52,11 +64,11 @@ class WholeContexts(Iterator[dict[str, Tensor]]):
     @property
     def counters(self) -> dict[str, int | float]:
         """Those of the source."""
-        return self.source.counters
+        return dict(self.source.counters)
 
     @property
     def provenance(self) -> dict[str, Any]:
-        return self.source.provenance
+        return dict(self.source.provenance)
 
     def state_dict(self) -> State:
         return {
@@ -93,8 +105,8 @@ class WholeContexts(Iterator[dict[str, Tensor]]):
         found = [each for _ in range(self.forwards) if (each := next(self.source, None)) is not None]
         if not found and not self._given:
             raise DataError("there is no text: expected at least one context, found none")
-        if len(found) < self.forwards and self._wanted is not None:
-            log.warning("the text ends before its %d activations are given", self._wanted)
+        if not found and self._wanted is not None:
+            log.warning("the text ends after %d of %d activations", self._given, self._wanted)
         return found
 
 
