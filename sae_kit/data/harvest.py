@@ -1,5 +1,6 @@
 """Token rows -> forwards, stopped at the deepest site -> the activations that pass the filters."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -38,6 +39,8 @@ class Harvest(Iterator[Harvested]):
         self.tokens, self.filters = tokens, filters
         self.lm_tokens = 0
         """ids that went through the model"""
+        self.lm_seconds = 0.0
+        """how long forwards took, with their filters, in this process"""
         self.reader = model if isinstance(model, Reader) else Reader(model)
         self._sites, self._rows = sites, rows_per_forward
         self._facts = dict(facts or {})
@@ -47,7 +50,10 @@ class Harvest(Iterator[Harvested]):
         while len(tokens := self.tokens.take(self._rows)):
             kept = self.filters.positions(tokens)
             self.lm_tokens += tokens.ids.numel()
-            if len(kept) and len((harvested := self._read(tokens, kept)).kept):
+            started = time.perf_counter()
+            harvested = self._read(tokens, kept) if len(kept) else None
+            self.lm_seconds += time.perf_counter() - started  # filters wait for the device
+            if harvested is not None and len(harvested.kept):
                 self._given = True
                 return harvested
             if not self._given and self.tokens.passes > 1:

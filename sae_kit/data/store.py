@@ -233,6 +233,11 @@ class ActivationsStore(Iterator[dict[str, Tensor]]):
         return self._batches.counters
 
     @property
+    def lm_seconds(self) -> float | None:
+        """How long forwards of the language model took so far, wherever they ran; None where there is none."""
+        return getattr(getattr(self.mixed, "source", None), "lm_seconds", None)
+
+    @property
     def provenance(self) -> dict[str, Any]:
         """Which activations these are, as JSON values: model, sites, text, packing, filters."""
         return dict(self.mixed.provenance)

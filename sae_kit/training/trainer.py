@@ -81,7 +81,7 @@ class SAETrainer:
         self.tokens = 0
         self.total_tokens = cfg.train.tokens // cfg.train.batch_tokens * cfg.train.batch_tokens
         self.callbacks = Callbacks([Console()] if callbacks is None and cfg.log.console else list(callbacks or ()))
-        self._batches = batches
+        self.batches = batches
         device = pick_device(cfg.train.device, "train.device")
         self._evaluate = evaluate
         self._sites = {
@@ -232,11 +232,11 @@ class SAETrainer:
     def _with_statistics(self) -> Iterator[Item]:
         """All batches, the first of which have already served each SAE for its normalisation and its start."""
         waiting = {name: part for name, part in self.in_training.items() if part.needs_sample}
-        stream = iter(self._batches)
+        stream = iter(self.batches)
         if not waiting:
             return stream
         wanted = self.cfg.buffer.norm_estimate_tokens
-        peek = getattr(self._batches, "peek", None)
+        peek = getattr(self.batches, "peek", None)
         if peek is not None:
             samples = [peek(wanted)]
         else:
@@ -254,7 +254,7 @@ class SAETrainer:
     def _metrics(self) -> dict[str, float | int]:
         """One row; with several SAEs each name is prefixed by the SAE's. Those that failed are left out."""
         row: dict[str, float | int] = {"details/n_training_samples": self.tokens}
-        row |= {f"data/{name}": count for name, count in getattr(self._batches, "counters", {}).items()}
+        row |= {f"data/{name}": count for name, count in getattr(self.batches, "counters", {}).items()}
         for name, part in self.in_training.items():
             prefix = "" if len(self.in_training) == 1 else f"{name}/"
             if not part.failed:

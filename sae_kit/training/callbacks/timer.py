@@ -19,10 +19,11 @@ class Timer(Callback):
     """Adds to each row the seconds since the last one that went into waiting for rows and into steps, and the memory.
 
     The device is waited for where a row is logged, and nowhere else. Logging, evaluating and saving count as neither.
+    Forwards of the language model are part of the waiting, or run beside the steps where rows are made ahead.
     """
 
     def __init__(self) -> None:
-        self._wait = self._step = 0.0
+        self._wait = self._step = self._lm = 0.0
         self._since: float | None = None
         self._began: float | None = None
 
@@ -41,6 +42,9 @@ class Timer(Callback):
         self._end_of_step()
         row = {"perf/wait_seconds": self._wait, "perf/step_seconds": self._step}
         self._wait = self._step = 0.0
+        if (lm := getattr(trainer.batches, "lm_seconds", None)) is not None:
+            row["perf/lm_seconds"] = lm - self._lm
+            self._lm = lm
         peak = sum(torch.cuda.max_memory_allocated(device) for device in devices) if devices else _peak_of_process()
         return row if peak is None else row | {"perf/peak_memory_gib": peak / 2**30}
 
