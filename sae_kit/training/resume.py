@@ -8,6 +8,7 @@ from typing import Any
 from sae_kit import config as trees
 from sae_kit.atomic import TEMPORARY
 from sae_kit.data.store import ActivationsStore, with_rows
+from sae_kit.devices import kernels
 from sae_kit.errors import ConfigError, OutputExistsError
 from sae_kit.training.checkpoint import (
     CHECKPOINTS,
@@ -78,7 +79,9 @@ def checkpoint_to_resume(cfg: RunConfig, folder: Path, *, override: bool = False
         raise ConfigError(
             f"{path} was made with another config: {'; '.join(differing)}. Use the same, another name, or --override"
         )
-    if changes := environment_changes(found.run["environment"]):
+    with kernels(tf32=cfg.train.tf32, deterministic=cfg.deterministic):  # as while it trains
+        changes = environment_changes(found.run["environment"])
+    if changes:
         log.warning("not bit for bit the run that was interrupted, because of %s", "; ".join(changes))
     return found
 
