@@ -4,6 +4,7 @@ Sums, counts and moments are accumulated in float64 and divided once at the end,
 on the order of batches or on which other SAEs are in the pass. An undefined value is None.
 """
 
+from sae_kit.evals.capacity import capacity
 from sae_kit.evals.family import FAMILIES, EvalStep, Family, Metrics, check_families, family
 from sae_kit.evals.fidelity import Fidelity, FidelityStep
 from sae_kit.evals.moments import Moments, Sums
@@ -23,6 +24,7 @@ __all__ = [
     "Reconstruction",
     "Sparsity",
     "Sums",
+    "capacity",
     "check_families",
     "evaluate",
     "family",
