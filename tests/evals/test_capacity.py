@@ -32,5 +32,5 @@ def test_large_and_small_vectors_stay_in_range() -> None:
 
 
 def test_too_many_vectors_are_refused() -> None:
-    with pytest.raises(ShapeError, match="expected at most 4,096 vectors.* found 4,097"):
+    with pytest.raises(ShapeError, match=r"expected at most 4,096 vectors.* found 4,097"):
         capacity(torch.ones(4097, 1))
