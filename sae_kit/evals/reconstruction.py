@@ -37,7 +37,7 @@ class Reconstruction(Family[EvalStep]):
         self.sums = Sums(
             "error", "square_in", "square_out", "dot", "norm_in", "norm_out", "cos", "nonzero", device=device
         )
-        self.ratios = _RatiosByNorm(device)
+        self.ratios = RatiosByNorm(device)
 
     @torch.no_grad()
     def update(self, step: EvalStep) -> None:
@@ -86,22 +86,23 @@ class Reconstruction(Family[EvalStep]):
         }
 
 
-class _RatiosByNorm:
+class RatiosByNorm:
     """Σ ‖ŷ‖/‖y‖ for every binary exponent of ‖y‖: which norms are about zero is only known after the last token."""
 
-    def __init__(self, device: torch.device | str) -> None:
-        self._sums = torch.zeros(2, 2 * EXPONENTS, dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device | str, sums: Tensor | None = None) -> None:
+        self.sums: Tensor = torch.zeros(2, 2 * EXPONENTS, dtype=torch.float64, device=device) if sums is None else sums
+        """Σ of the ratios, and their number, [2, exponents]"""
 
     def update(self, norm_in: Float[Tensor, " tokens"], norm_out: Float[Tensor, " tokens"]) -> None:
         some = norm_in > 0
         exponent: Int[Tensor, " tokens"] = torch.frexp(norm_in).exponent.clamp(-EXPONENTS, EXPONENTS - 1)
         ratios = torch.where(some, norm_out / torch.where(some, norm_in, 1), 0)
-        self._sums.index_add_(1, exponent + EXPONENTS, torch.stack([ratios.double(), some.double()]))
+        self.sums.index_add_(1, exponent + EXPONENTS, torch.stack([ratios.double(), some.double()]))
 
-    def merge(self, other: "_RatiosByNorm") -> None:
-        self._sums += other._sums.to(self._sums.device)
+    def merge(self, other: "RatiosByNorm") -> None:
+        self.sums += other.sums.to(self.sums.device)
 
     def mean(self, least: float) -> float | None:
         """The mean over norms above `least`, rounded down to a power of two."""
-        total, number = self._sums[:, max(0, math.frexp(least)[1] + EXPONENTS) :].sum(1).tolist()
+        total, number = self.sums[:, max(0, math.frexp(least)[1] + EXPONENTS) :].sum(1).tolist()
         return ratio(total, number)

@@ -282,7 +282,7 @@ def test_time_is_told_apart(device: str) -> None:
             yield batch
 
     trainer = trainer_of([Timer(), Watch(), SlowSteps()], steps=4, train={"device": device})
-    trainer._batches = slow(sparse_batches(make_sae("topk"), 4))
+    trainer.batches = slow(sparse_batches(make_sae("topk"), 4))
     start = time.perf_counter()
     trainer.fit()
     seconds = time.perf_counter() - start
@@ -329,7 +329,7 @@ def test_the_sink_of_the_documentation_writes(tmp_path: Path, monkeypatch: pytes
     assert list(trainer.callbacks) == [board], "it did not fail on the way"
     (events,) = tmp_path.glob("events.out.tfevents.*")
     content = events.read_bytes()
-    for name in (b"losses/mse_loss", b"metrics/explained_variance", b"plots/log10_feature_density"):
+    for name in (b"losses/mse_loss", b"metrics/explained_variance", b"plots/feature_density_line_chart"):
         assert name in content
 
 
@@ -366,7 +366,7 @@ def test_wandb_keeps_rows_histograms_and_saes(tmp_path: Path) -> None:
 
     trainer_of([wandb_of(tmp_path, artifacts=True), Save()]).fit()
     ((run_id, content),) = kept(tmp_path)
-    for name in (b"metrics/explained_variance", b"plots/log10_feature_density", b"weights/W_dec_norms"):
+    for name in (b"metrics/explained_variance", b"plots/feature_density_line_chart", b"weights/W_dec_norms"):
         assert content.count(name) >= 6, "in every row"
     assert b"sae_weights.safetensors" in content
     assert f"{run_id}-checkpoint".encode() in content
@@ -475,10 +475,10 @@ def test_histograms_are_of_every_latent() -> None:
     trainer.fit()
     found = histograms(trainer)
     assert set(found) == {
-        f"{n}/{k}" for n in ("one", "two") for k in ("plots/log10_feature_density", "weights/W_dec_norms")
+        f"{n}/{k}" for n in ("one", "two") for k in ("plots/feature_density_line_chart", "weights/W_dec_norms")
     }
     sae = trainer.saes["two"]
     torch.testing.assert_close(found["two/weights/W_dec_norms"], sae.W_dec.detach().norm(dim=1))
-    density = 10 ** found["two/plots/log10_feature_density"].double()
+    density = 10 ** found["two/plots/feature_density_line_chart"].double()
     assert density.sum().item() == pytest.approx(8, rel=1e-3), "k latents fire in each row"
-    assert set(histograms(trainer_of([]))) == {"plots/log10_feature_density", "weights/W_dec_norms"}
+    assert set(histograms(trainer_of([]))) == {"plots/feature_density_line_chart", "weights/W_dec_norms"}

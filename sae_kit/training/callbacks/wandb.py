@@ -112,12 +112,14 @@ class Wandb(Callback):
 def histograms(trainer: SAETrainer) -> dict[str, Tensor]:
     """Values per latent that are worth a histogram, on the CPU, by name; with several SAEs prefixed by theirs.
 
-    `plots/log10_feature_density`: how often it fires, as log10(density + 1e-10); `weights/W_dec_norms`.
+    `plots/feature_density_line_chart`: how often it fires, as log10(density + 1e-10); `weights/W_dec_norms`.
     """
     found: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, part in trainer.in_training.items():
             prefix = "" if len(trainer.saes) == 1 else f"{name}/"
-            found[f"{prefix}plots/log10_feature_density"] = torch.log10(part.metrics.density() + 1e-10).float().cpu()
+            found[f"{prefix}plots/feature_density_line_chart"] = (
+                torch.log10(part.metrics.density() + 1e-10).float().cpu()
+            )
             found[f"{prefix}weights/W_dec_norms"] = part.sae.decoder_norms().float().flatten().cpu()
     return found
