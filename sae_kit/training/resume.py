@@ -1,6 +1,8 @@
 """Going on with a run: from which checkpoint, and whether the config is still the same."""
 
+import dataclasses
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from sae_kit.atomic import TEMPORARY
 from sae_kit.data.store import ActivationsStore, with_rows
 from sae_kit.devices import kernels
 from sae_kit.errors import ConfigError, OutputExistsError
+from sae_kit.sae import SAE
+from sae_kit.sae_config import SAEConfig
 from sae_kit.training.checkpoint import (
     CHECKPOINTS,
     Checkpoint,
@@ -71,19 +75,43 @@ def checkpoint_to_resume(cfg: RunConfig, folder: Path, *, override: bool = False
     found = read_checkpoint(path, verify=asked not in ("auto", "must"))
     saved = found.run["config"]
     differing = [
-        f"{field}: {before!r} when it was saved, {now!r} now"
+        (field, before, now)
         for field, before, now in differences(saved, trees.unstructure(cfg))
         if not (field == "train.tokens" and now > before)
     ]
-    if differing and not override:
-        raise ConfigError(
-            f"{path} was made with another config: {'; '.join(differing)}. Use the same, another name, or --override"
-        )
+    lasts = any(_lasts(field, cfg) for field, _, _ in differing)
+    if lasts or (differing and not override):
+        listed = "; ".join(f"{f}: {before!r} when it was saved, {now!r} now" for f, before, now in differing)
+        ways = "the same or another name" if lasts else "the same, another name, or --override"
+        raise ConfigError(f"{path} was made with another config: {listed}. Use {ways}")
+    for name, sae in found.saes.items():
+        found.saes[name] = _trained_as(sae, cfg.saes[name].sae) if name in cfg.saes else sae
     with kernels(tf32=cfg.train.tf32, deterministic=cfg.deterministic):  # as while it trains
         changes = environment_changes(found.run["environment"])
     if changes:
         log.warning("not bit for bit the run that was interrupted, because of %s", "; ".join(changes))
     return found
+
+
+def _lasts(field: str, cfg: RunConfig) -> bool:
+    """Whether a field says what an SAE computes, or of what, which the weights of a checkpoint cannot follow."""
+    names = "|".join(map(re.escape, cfg.saes))
+    match = re.fullmatch(rf"saes\.({names})\.(?:hook(?:_out)?|sae\.([^.]+))(?:\..+)?", field)
+    if match is None:
+        return False
+    fields = dataclasses.fields(cfg.saes[match[1]].sae)
+    return match[2] not in {field.name for field in fields if field.metadata.get("training_only")}
+
+
+def _trained_as(sae: SAE, asked: SAEConfig) -> SAE:
+    """The SAE of a checkpoint, its training shaped as `asked`."""
+    training = {field.name for field in dataclasses.fields(asked) if field.metadata.get("training_only")}
+    changed = dataclasses.replace(sae.cfg, **{name: getattr(asked, name) for name in training})
+    if changed == sae.cfg:
+        return sae
+    new = changed.build()
+    new.load_state_dict(sae.state_dict())
+    return new
 
 
 def only_begun(cfg: RunConfig, folder: Path) -> bool:

@@ -1,7 +1,9 @@
 """A run that is killed, interrupted or grown goes on as if nothing had happened."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import torch
 from safetensors.torch import load_file
 from test_run import HOOK, SMALL
+from trees import equal
 
 from sae_kit import SAE, RunConfig
 from sae_kit import config as trees
@@ -88,29 +92,6 @@ def test_a_signal_saves_and_the_run_goes_on(tmp_path: Path, straight: Path, step
     assert_same_run(run(config(tmp_path)).folder, straight)
 
 
-def test_killed_at_any_moment_it_goes_on_from_the_checkpoint_before(tmp_path: Path, straight: Path) -> None:
-    path = tmp_path / "run.json"
-    path.write_text(json.dumps({**TREE, "out": str(tmp_path)}))
-    for delay in (0.3, 1.0, 0.6):
-        child = subprocess.Popen(
-            [sys.executable, "-m", "sae_kit.cli", "train", str(path)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        )
-        had = len(find_checkpoints(tmp_path / "run"))
-        names = {found.name for found in find_checkpoints(tmp_path / "run")}
-        end = time.monotonic() + 120
-        while child.poll() is None and {f.name for f in find_checkpoints(tmp_path / "run")} == names:
-            assert time.monotonic() < end
-            time.sleep(0.02)
-        time.sleep(delay / 10)
-        child.kill()
-        child.wait()
-        assert len(find_checkpoints(tmp_path / "run")) >= min(had, 2) or not had
-    assert_same_run(run(config(tmp_path)).folder, straight)
-
-
 def test_the_command_line_stops_with_the_signals_status_and_resumes(tmp_path: Path, straight: Path) -> None:
     path = tmp_path / "run.json"
     path.write_text(json.dumps({**TREE, "out": str(tmp_path)}))
@@ -133,6 +114,146 @@ def test_the_command_line_stops_with_the_signals_status_and_resumes(tmp_path: Pa
     assert trees.look_up(trees.load_tree(tmp_path / "run" / "run.yaml"), ("checkpoint", "resume")) == "auto"
     assert main(["train", "--resume", str(tmp_path / "nowhere")]) == 2
     assert_same_run(tmp_path / "run", straight)
+
+
+class Crash(Callback):
+    """Something in the run that breaks after a step."""
+
+    essential = True
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, trainer: Any) -> None:
+        if trainer.steps == self.step:
+            raise RuntimeError("broken")
+
+
+def test_stopped_before_its_first_checkpoint_a_run_begins_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    straight = runs.go(tmp_path / "straight")
+    for out in (tmp_path / "a", tmp_path / "b"):
+        with pytest.raises(RuntimeError, match="broken"):
+            runs.go(out, Crash(3))
+    assert runs.rows_of(tmp_path / "a" / "run")[-1]["step"] == 3
+    with pytest.raises(OutputExistsError, match="exists and is not empty"):
+        runs.go(tmp_path / "a", seed=1)
+    with pytest.raises(OutputExistsError, match="exists and is not empty"):
+        runs.go(tmp_path / "a", checkpoint={"resume": "never"})
+    caplog.clear()
+    again = runs.go(tmp_path / "a")
+    assert caplog.text.count("was stopped before its first checkpoint: it begins anew") == 1
+    assert main(["train", "--resume", str(tmp_path / "b" / "run")]) == 0
+    for folder in (again.folder, tmp_path / "b" / "run"):
+        equal(runs.rows_of(folder), runs.rows_of(straight.folder), "rows")
+    with pytest.raises(OutputExistsError, match="exists and is not empty"):
+        runs.go(tmp_path / "a")
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
+    class Twice(Callback):
+        def on_step_start(self, trainer: Any) -> None:
+            if trainer.steps == 5:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    often = {"checkpoint": {"every_tokens": 2 * runs.BATCH, "final": True}}
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        runs.go(tmp_path, Twice(), **often)
+    assert type(stopped.value) is KeyboardInterrupt
+    assert signal.getsignal(signal.SIGINT) == before
+    assert [int(path.name) for path in find_checkpoints(tmp_path / "run")] == [2 * runs.BATCH, 4 * runs.BATCH]
+    runs.same_end(runs.go(tmp_path, **often).folder, runs.go(tmp_path / "straight", **often).folder)
+
+
+@pytest.mark.parametrize("where", ["before", "while writing"])
+def test_on_a_full_disk_a_run_goes_on_with_the_checkpoints_that_there_are(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    often: dict[str, Any] = {"checkpoint": {"every_tokens": runs.BATCH, "final": True}, "buffer": {"prefetch": 2}}
+
+    class Fills(Callback):
+        """The disk is full from the third step to the sixth."""
+
+        def on_step_start(self, trainer: Any) -> None:
+            if trainer.steps == 2 and where == "before":
+                usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+                monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+            elif trainer.steps == 2:
+                monkeypatch.setattr("sae_kit.training.checkpoint.write_state", self.full)
+            if trainer.steps == 6:
+                monkeypatch.undo()
+
+        @staticmethod
+        def full(*arguments: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(TrainingInterrupted, match="nothing could be saved — continue: sae-kit train --resume"):
+        runs.go(tmp_path, Fills(), Stop(4), **often)
+    monkeypatch.undo()
+    assert [int(path.name) for path in find_checkpoints(tmp_path / "run")] == [runs.BATCH, 2 * runs.BATCH]
+    assert caplog.text.count("training goes on, and could go on from the checkpoint before") == 2
+    found = runs.go(tmp_path, **often)
+    full = runs.go(tmp_path / "full", Fills(), **often)
+    missing = [row.get("checkpoint/missing_bytes", 0) for row in runs.rows_of(full.folder)]
+    assert [amount > 0 for amount in missing] == [False] * 3 + [True] * 4 + [False], (
+        "said in every row until it is over"
+    )
+    assert [int(path.name) for path in find_checkpoints(full.folder)] == [7 * runs.BATCH, 8 * runs.BATCH]
+    straight = runs.go(tmp_path / "straight", **often)
+    runs.same_end(found.folder, straight.folder)
+    assert full.training.tokens == straight.training.tokens
+
+
+def test_a_run_outlives_weights_and_biases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Dead:
+        id = "x"
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ("log", "finish"):
+                raise ConnectionError("nobody listens")
+            return lambda *arguments, **named: None
+
+    monkeypatch.setattr("wandb.init", lambda **settings: Dead())
+    changes = {"log": {"wandb": {"project": "p"}, "histograms": True}, "checkpoint": {"every_tokens": runs.BATCH}}
+    evaluated = {"at_end": True, "tokens": 256, "fidelity_tokens": 128}
+    found = runs.go(tmp_path, **changes, eval=evaluated)
+    assert found.training.steps == 8
+    assert found.evals["sae"]
+    assert caplog.text.count("is switched off; the run goes on") == 1
+
+
+def test_a_changed_config_is_listed_and_can_be_accepted(tmp_path: Path) -> None:
+    entry = {"hook": runs.HOOK, "sae": {"architecture": "jumprelu", "d_sae": 64, "l0_coefficient": 1.0}}
+    with pytest.raises(TrainingInterrupted):
+        runs.go(tmp_path, Stop(4), saes={"sae": entry})
+    sae = {**entry["sae"], "l0_coefficient": 3.0}
+    changes = {"optim": {"lr": 1e-3}, "data": {"exclude": "none"}, "saes": {"sae": {**entry, "sae": sae}}}
+    with pytest.raises(ConfigError) as refused:
+        runs.go(tmp_path, **changes)
+    for part in (
+        "optim.lr: 0.003 when it was saved, 0.001 now",
+        "data.exclude: 'structural' when it was saved, 'none' now",
+        "saes.sae.sae.l0_coefficient: 1.0 when it was saved, 3.0 now",
+        "Use the same, another name, or --override",
+    ):
+        assert part in str(refused.value)
+    for lasting in (
+        {"sae": {**sae, "d_sae": 32}},
+        {"sae": {**sae, "skip": True}},
+        {"hook": "blocks.0.hook_resid_post"},
+    ):
+        with pytest.raises(ConfigError, match=r"when it was saved, .* now.* Use the same or another name$"):
+            run(runs.config(tmp_path, saes={"sae": {**entry, **lasting}}), override=True)
+    del changes["data"]
+    found = run(runs.config(tmp_path, **changes), override=True)
+    assert found.training.metrics["details/l0_coefficient"] == 3.0
+    assert found.training.metrics["details/current_learning_rate"] < 1e-3
+    assert found.training.tokens == 8 * runs.BATCH
 
 
 def test_what_changed_is_named_and_what_does_not_matter_may_change(tmp_path: Path) -> None:
