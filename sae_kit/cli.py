@@ -80,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: Sequence[str]) -> int:
+    from sae_kit.training import plan
     from sae_kit.training.checkpoint import newest_checkpoint
     from sae_kit.training.results import FAILED, compare, read_results, show
     from sae_kit.training.resume import only_begun
@@ -89,10 +90,15 @@ def _train(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--override", action="store_true")
+    parser.add_argument("--dry-run", action="store_true")
     given, rest = parser.parse_known_args(arguments)
     if given.resume is None:
         tree = parse_train(rest)
         cfg, *more = run_configs(tree)
+        if more and given.dry_run:
+            for each in (cfg, *more):
+                plan.show(plan.plan(each))
+            return 0
         if more:
             folders = train_sweep(tree)
             show(compare(folders))
@@ -103,6 +109,9 @@ def _train(arguments: Sequence[str]) -> int:
         cfg = dataclasses.replace(cfg, out=str(folder.parent), name=folder.name)
         if newest_checkpoint(folder, verify=False) is None and not only_begun(cfg, folder):
             raise ConfigError(f"--resume: there is no checkpoint in {folder} to go on from")
+    if given.dry_run:
+        plan.show(plan.plan(cfg, override=given.override))
+        return 0
     result = run(cfg, override=given.override)
     if len(result.saes) > 1:
         show(compare([result.folder]))
@@ -241,6 +250,7 @@ class TrainCommand(RunCommand):
         parser.add_argument("--import", metavar="FILE.py", help="import a file or module that registers architectures")
         parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder; flags may change it")
         parser.add_argument("--override", help="go on though the config has changed")
+        parser.add_argument("--dry-run", help="show what would be built and held, and how long it would take")
         self.add_short(parser.add_argument_group("a run of one SAE"))
         sae = parser.add_argument_group(f"the SAE ({architecture}; another --arch shows its own fields)")
         add_fields(sae, list_architectures()[architecture].config, "sae", leave_out=("metadata",))

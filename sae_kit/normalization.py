@@ -174,7 +174,7 @@ class Normalization(nn.Module):
         return Affine(eye * scale[..., None, None], eye / scale[..., None, None], shift)
 
     @torch.no_grad()
-    def estimate(self, rows: Float[Tensor, "rows ..."], chunk: int = 65_536) -> None:
+    def estimate(self, rows: Float[Tensor, "rows ..."], chunk: int = 8_192) -> None:
         """Set the statistics from a sample of raw rows [rows, *shape]; sums run in float64.
 
         Raises:

@@ -130,7 +130,7 @@ HOMES = {
     "datasets": ("data/sources.py", "data/pretokenize.py"),
     "wandb": ("training/callbacks",),
     "huggingface_hub": ("data/sources.py", "data/pretokenize.py", "data/cache/sharing.py", "hub.py", "pretrained/"),
-    "rich": ("demo/", "cli", "training/results.py"),
+    "rich": ("demo/", "cli", "training/results.py", "training/plan.py"),
     "yaml": ("config.py",),
     "pandas": (),
 }

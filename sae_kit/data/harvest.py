@@ -63,6 +63,11 @@ class Harvest(Iterator[Harvested]):
         raise StopIteration
 
     @property
+    def tokens_per_forward(self) -> int:
+        """Ids that go through the model at a time."""
+        return self._rows * self.tokens.context_size
+
+    @property
     def counters(self) -> dict[str, int | float]:
         """Ids fed to the model; rows dropped by reason; per site the median norm, and the largest in units of it."""
         return {

@@ -216,7 +216,7 @@ class Mixing(Iterator[dict[str, Tensor]]):
         dtypes = {site: asked or value.dtype for site, value in rows.items()}
         size = sum(held * value.shape[1] * dtypes[site].itemsize for site, value in rows.items())
         source = made_on or next(iter(rows.values())).device
-        device = _where(self.cfg.device, source, size)
+        device = buffer_device(self.cfg.device, source, size)
         return MixingBuffer(
             held,
             {site: value.shape[1] for site, value in rows.items()},
@@ -228,7 +228,7 @@ class Mixing(Iterator[dict[str, Tensor]]):
         )
 
 
-def _where(asked: str, source: torch.device, size: int) -> torch.device:
+def buffer_device(asked: str, source: torch.device, size: int) -> torch.device:
     """Where a buffer of `size` bytes lies whose rows are made on `source`."""
     if asked != "auto":
         return pick_device(asked, "buffer.device")

@@ -228,6 +228,11 @@ class ActivationsStore(Iterator[dict[str, Tensor]]):
         self._batches.pause()
 
     @property
+    def ahead(self) -> int:
+        """Batches that are made ahead, at most."""
+        return self._batches.ahead
+
+    @property
     def counters(self) -> Mapping[str, int | float]:
         """As of the last batch: ids fed to the model, activations and documents left out by reason, clumping."""
         return self._batches.counters

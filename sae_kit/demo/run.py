@@ -19,7 +19,8 @@ from sae_kit.data.tokens import held_out_rows
 from sae_kit.demo.show import activations, choose_latents, describe, render
 from sae_kit.errors import ConfigError, OutputExistsError
 from sae_kit.training.config import RunConfig
-from sae_kit.training.run import RUN_FILES, RunResult, run
+from sae_kit.training.folder import RUN_FILES
+from sae_kit.training.run import RunResult, run
 
 log = logging.getLogger(__name__)
 

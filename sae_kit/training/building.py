@@ -38,10 +38,14 @@ def build_saes(cfg: RunConfig, inputs: Inputs) -> dict[str, SAE]:
     Raises:
         HookNotFoundError, ShapeError: a site that is not there, or whose width is not the config's `d_in`.
     """
+    completed = completed_configs(cfg, inputs)
+    return {name: _new_sae(entry, completed[name], _seed(cfg, name)) for name, entry in cfg.saes.items()}
+
+
+def completed_configs(cfg: RunConfig, inputs: Inputs) -> dict[str, SAEConfig]:
+    """What the SAEs of a run are made of: their configs with all that follows from what they read."""
     metadata = inputs.metadata
-    return {
-        name: _new_sae(entry, _complete(entry, inputs, metadata), _seed(cfg, name)) for name, entry in cfg.saes.items()
-    }
+    return {name: _complete(entry, inputs, metadata) for name, entry in cfg.saes.items()}
 
 
 def _new_sae(entry: SAEEntry, completed: SAEConfig, seed: int) -> SAE:

@@ -2,14 +2,15 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from sae_kit.data.cache import Cache, open_cache
-from sae_kit.data.capture import site_width
+from sae_kit.data.capture import device_of, site_width
 from sae_kit.data.contexts import WholeContexts, split_contexts
 from sae_kit.data.harvest import Harvest
 from sae_kit.data.models import Compatibility, load_model, model_facts
@@ -23,6 +24,8 @@ from sae_kit.training.config import RunConfig
 from sae_kit.training.end_to_end import EndToEnd
 
 log = logging.getLogger(__name__)
+
+ALL = slice(None)
 
 
 class LiveInputs:
@@ -49,6 +52,17 @@ class LiveInputs:
     def widths(self, sites: Iterable[str]) -> dict[str, int]:
         """Site -> width of its activations; HookNotFoundError if it is not there."""
         return {site: site_width(self.reader, site) for site in sites}
+
+    @property
+    def device(self) -> torch.device:
+        """Where activations are made."""
+        return device_of(self.model)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's activations at all sites, in the precision in which they are kept."""
+        dtype = next(self.model.parameters()).dtype
+        return sum(self.widths(self._sites).values()) * _kept_as(self._cfg, dtype).itemsize
 
     def module_path(self, site: str) -> str | None:
         """Where a site is in the plain Hugging Face model, if that is known."""
@@ -141,23 +155,38 @@ class LiveInputs:
         )
         return True
 
-    def evaluate(self, saes: Mapping[str, SAE], medians: Mapping[str, float]) -> EvalReport:
-        """Metrics on the rows that are held out, at the positions that training would have seen of them."""
+    def evaluate(
+        self,
+        saes: Mapping[str, SAE],
+        medians: Mapping[str, float],
+        *,
+        rows: slice = ALL,
+        metrics: Collection[str] | None = None,
+    ) -> EvalReport:
+        """Metrics on the rows that are held out, at the positions that training would have seen of them.
+
+        `rows` are some of them, and `metrics` other families than the config names.
+        """
         assert self._held_out is not None, "hold_out comes first"
         cfg = self._cfg
         multiple = cfg.buffer.norm_filter
         return evaluate(
             saes,
             self.reader,
-            self._held_out,
+            self._held_out[rows],
             excluded_ids=excluded_ids(cfg.data.exclude, self.tokenizer),
             seq_slice=cfg.data.seq_slice,
             max_norms=None if multiple is None else {site: multiple * median for site, median in medians.items()},
-            metrics=cfg.eval.metrics,
+            metrics=cfg.eval.metrics if metrics is None else metrics,
             fidelity_tokens=cfg.eval.fidelity_tokens,
             ablation=cfg.eval.ablation,
             rows_per_forward=cfg.eval.rows_per_forward or cfg.data.rows_per_forward,
         )
+
+    @property
+    def held_out(self) -> Int[Tensor, "rows context"] | None:
+        """Rows of token ids that training never sees, once `hold_out` has read them."""
+        return self._held_out
 
     @property
     def _context(self) -> int:
@@ -180,6 +209,17 @@ class CachedInputs:
                     f"{site!r} is not in {self._cache.place}.{did_you_mean(site, there)} It holds {', '.join(there)}"
                 )
         return {site: there[site] for site in sites}
+
+    @property
+    def device(self) -> torch.device:
+        """Where activations are read to."""
+        return torch.device("cpu")
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's activations at all sites, in the precision in which they are read."""
+        widths, dtypes = self.widths(self._cfg.sites), self._cache.dtypes
+        return sum(width * _kept_as(self._cfg, dtypes[site]).itemsize for site, width in widths.items())
 
     def module_path(self, site: str) -> str | None:
         """As of the model that the run names, if it names one."""
@@ -222,6 +262,11 @@ class CachedInputs:
         if "order" in self._cache.provenance.get("tokens", {}):  # in what order the text was read does not matter here
             expected["tokens"]["order"] = self._cache.provenance["tokens"]["order"]
         return expected
+
+
+def _kept_as(cfg: RunConfig, made: torch.dtype) -> torch.dtype:
+    """The precision of activations that are made in another one."""
+    return made if cfg.buffer.dtype == "auto" else getattr(torch, cfg.buffer.dtype)
 
 
 Inputs = LiveInputs | CachedInputs

@@ -7,8 +7,6 @@
 - `saes/NAME/`: the SAE, ready for use
 """
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +18,7 @@ from torch import nn
 from sae_kit import config as trees
 from sae_kit.atomic import write_text
 from sae_kit.data.cache import push_cache, write_cache
-from sae_kit.devices import pick_device
-from sae_kit.errors import ConfigError, OutputExistsError
+from sae_kit.errors import ConfigError
 from sae_kit.evals import Metrics
 from sae_kit.sae import SAE
 from sae_kit.sae_config import SAEConfig
@@ -29,31 +26,17 @@ from sae_kit.training.building import build_saes, restored_saes
 from sae_kit.training.callbacks import Callback, configured_callbacks
 from sae_kit.training.config import RunConfig
 from sae_kit.training.evaluating import Evaluate, check_awaited
+from sae_kit.training.folder import make_folder, run_folder
 from sae_kit.training.inputs import LiveInputs, open_inputs
 from sae_kit.training.optim import OptimizerFactory
 from sae_kit.training.part import OwnLoss
+from sae_kit.training.outline import check_run, outline
 from sae_kit.training.results import RESULTS, write_results
-from sae_kit.training.resume import PROBE, checkpoint_to_resume, go_on, only_begun
+from sae_kit.training.resume import checkpoint_to_resume, go_on, only_begun
 from sae_kit.training.saving import Saving
 from sae_kit.training.trainer import SAETrainer, TrainingResult
 
 log = logging.getLogger(__name__)
-
-RUN_FILES = frozenset(
-    {
-        "run.yaml",
-        "metrics.jsonl",
-        "metrics.csv",
-        "results.json",
-        "results.csv",
-        "saes",
-        "wandb",
-        "checkpoints",
-        "latest.json",
-    }
-)
-"""What a run leaves in its folder."""
-
 
 @dataclass(frozen=True)
 class RunResult:
@@ -137,10 +120,8 @@ def run(
     Raises:
         TrainingInterrupted: a signal ended it, and it is saved.
     """
-    if not cfg.saes:
-        raise ConfigError("saes: there is no SAE to train; give at least one entry")
-    pick_device(cfg.train.device, "train.device")
-    folder = Path(cfg.out) / (cfg.name or default_name(cfg))
+    check_run(cfg)
+    folder = run_folder(cfg)
     found = checkpoint_to_resume(cfg, folder, override=override)
     make_folder(folder, resuming=found is not None or only_begun(cfg, folder))
     inputs, live = open_inputs(cfg, model, tokenizer, documents)
@@ -151,6 +132,10 @@ def run(
     saving = Saving(cfg.checkpoint, folder, store)
     evaluation = Evaluate(cfg, live, store, saving) if live is not None and live.hold_out() else None
     check_awaited(cfg, is_evaluated=evaluation is not None)
+    planned = outline(cfg, folder, saes, inputs, store, live)
+    log.info("%s", planned)
+    for note in planned.notes:
+        log.warning("%s", note)
     watching = [] if evaluation is None else [evaluation]
     observers = [*configured_callbacks(cfg, folder), *callbacks, *watching, saving]  # what was evaluated is saved
     final: dict[str, SAE] = {}
@@ -238,32 +223,3 @@ def cache_activations(
     if (push := cfg.cache.push) is not None:
         push_cache(folder, push.repo, revision=push.revision, private=push.private)
     return folder
-
-
-def make_folder(folder: Path, *, resuming: bool = False) -> Path:
-    """A new folder for a run, or the one of the run that goes on, tried for writing before any work.
-
-    Raises:
-        OutputExistsError: it holds something already. ConfigError: it cannot be written.
-    """
-    try:
-        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-        if resuming or not taken:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / PROBE
-            probe.touch()
-            probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"cannot write to the run folder {folder}: {error.strerror}") from error
-    if taken and not resuming:
-        raise OutputExistsError(
-            f"{folder} exists and is not empty; nothing was changed. Choose another name or out, or remove it"
-        )
-    return folder
-
-
-def default_name(cfg: RunConfig) -> str:
-    """Model, first SAE, and 8 hex digits of the config's hash: the same config has the same name."""
-    digest = hashlib.sha256(json.dumps(trees.unstructure(cfg), sort_keys=True).encode()).hexdigest()[:8]
-    model = (cfg.model.name or "model").rstrip("/").split("/")[-1]
-    return f"{model}-{next(iter(cfg.saes.values())).sae.architecture}-{digest}"

@@ -97,11 +97,14 @@ def train_sweep(tree: Mapping[str, Any], **objects: Any) -> list[Path]:
     A run that is finished is left as it is, so that a sweep that was interrupted goes on when it is started again.
     `objects` are those of `run`.
     """
-    from sae_kit.training.run import default_name, run
+    from sae_kit.training.folder import run_folder
+    from sae_kit.training.run import run
 
     folders: list[Path] = []
-    for cfg in run_configs(tree):
-        folder = Path(cfg.out) / (cfg.name or default_name(cfg))
+    configs = run_configs(tree)
+    log.info("%d SAEs in %d runs", sum(len(cfg.saes) for cfg in configs), len(configs))
+    for cfg in configs:
+        folder = run_folder(cfg)
         if _is_finished(folder, cfg):
             log.info("%s is finished already", folder)
         else:

@@ -15,7 +15,8 @@ from sae_kit import SAE, RunConfig, TopKSAEConfig
 from sae_kit import config as trees
 from sae_kit.demo import corpus, load_model, load_tokenizer
 from sae_kit.errors import ConfigError, DataError, HookNotFoundError, OutputExistsError, ShapeError
-from sae_kit.training.run import RunResult, default_name, run
+from sae_kit.training.folder import default_name
+from sae_kit.training.run import RunResult, run
 
 HOOK = "blocks.2.hook_resid_pre"
 SMALL: dict[str, Any] = {
