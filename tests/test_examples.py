@@ -1,16 +1,22 @@
 """Examples run, and the benchmark on known features; the others are in test_benchmarks.py."""
 
 import json
+import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from runs import merged
 from test_docs import ROOT
 
-from sae_kit import SAE
+from sae_kit import SAE, JumpReLUSAEConfig, RunConfig, cache_activations
+from sae_kit import config as trees
 from sae_kit.cli import main
+from sae_kit.training.config import expand_short_names
+from sae_kit.training.sweep import run_configs
 
 
 def test_training_on_tensors_recovers_the_directions(capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,14 +48,71 @@ def test_patches_of_images_are_made_of_edges(tmp_path: Path, capsys: pytest.Capt
     assert 0 < main([str(tmp_path / "images")], steps=20)[0] < 1
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_config_runs(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    few = ["train.tokens=2048", "train.batch_tokens=256", "eval.tokens=512", "eval.fidelity_tokens=512"]
-    assert main(["train", str(path), *few, f"out={tmp_path}", "name=run"]) == 0
-    folders = [Path(line) for line in capsys.readouterr().out.splitlines()]
-    assert folders
-    for folder in folders:
-        assert SAE.load_from_disk(folder).cfg.metadata.sites[0]
+def test_the_pipeline_trains_four_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = runpy.run_path(str(ROOT / "examples" / "pipeline.py"))["main"](tmp_path, 8192, 1024)
+    assert scores["mean"] is not None
+    assert capsys.readouterr().out.count("activations: layer_0") == 4
+    assert SAE.load_from_disk(tmp_path / "pipeline" / "saes" / "layer_3").cfg.metadata.sites[0]
+
+
+CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
+FEW: dict[str, Any] = {
+    "model": {"name": "demo"},
+    "data": {"sources": ["demo"], "context_size": 64, "rows_per_forward": 8, "tokenize_batch": 20},
+    "buffer": {"tokens": 512},
+    "train": {"tokens": 1024, "batch_tokens": 128, "device": "cpu"},
+    "eval": {"tokens": 256, "fidelity_tokens": 128},
+    "log": {"console": False, "every_tokens": 256},
+}
+SMALL = {"d_sae": 64, "k": 4, "matryoshka_widths": [16, 64], "milestones": [512], "warm_up_tokens": 128}
+"""Other values of these fields, wherever they are."""
+
+
+def smaller(tree: Any) -> Any:
+    """A tree for the demo's four layers, its sizes so small that a step costs milliseconds."""
+    if isinstance(tree, dict):
+        return {key: SMALL[key] if key in SMALL else smaller(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [smaller(value) for value in tree]
+    return (
+        re.sub(r"blocks\.(\d+)", lambda found: f"blocks.{int(found[1]) % 4}", tree) if isinstance(tree, str) else tree
+    )
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_parses_as_it_is(path: Path) -> None:
+    text = path.read_text()
+    (cfg,) = run_configs(trees.load_tree(path))
+    assert cfg.saes
+    assert text.startswith("# "), "what it trains, and why these numbers"
+    assert max(map(len, text.splitlines())) <= 132
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line on the file, on the demo model and few tokens."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    tree = smaller(expand_short_names(trees.load_tree(path)))
+    few = merged(FEW, {"out": str(tmp_path), "name": "run"})
+    if "cache" in tree:
+        tree["cache"]["read"] = str(tmp_path / "acts")
+        site = tree["saes"]["sae"]["hook"]
+        written = {"write": str(tmp_path / "acts"), "sites": site, "tokens": 512}
+        cache_activations(RunConfig.from_dict({**few, "cache": written}))
+        few = {key: value for key, value in few.items() if key not in ("model", "data", "eval")}
+    if (start := tree.get("saes", {}).get("sae", {}).get("start")) is not None:
+        assert start.startswith("runs/")
+        tree["saes"]["sae"]["start"] = str(tmp_path / "first")
+        JumpReLUSAEConfig(d_in=128, d_sae=64, normalize_activations="none").build().save_model(tmp_path / "first")
+    (tmp_path / "run.json").write_text(json.dumps(merged(tree, few)))
+    assert main(["train", str(tmp_path / "run.json")]) == 0
+    (cfg,) = run_configs(merged(tree, few))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {name: found["status"] for name, found in results.items()} == dict.fromkeys(cfg.saes, "trained")
+    for name, entry in cfg.saes.items():
+        sae = SAE.load_from_disk(tmp_path / "run" / "saes" / name)
+        assert sae.cfg.metadata.sites == entry.sites
+        assert (results[name]["evals"] is None) == ("cache" in tree)
 
 
 def test_the_ground_truth_benchmark_runs(capsys: pytest.CaptureFixture[str]) -> None:

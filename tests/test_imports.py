@@ -113,6 +113,7 @@ ARROWS: dict[str, set[str]] = {
     "evals": {"splicing"},
     "dashboards": {"hooked"},
     "training": {"data", "evals"},
+    "pipeline": {"training"},
     "demo": {"training", "dashboards"},
     "cli": {"demo", "hub", "pretrained", "synthetic", "architectures"},
 }
