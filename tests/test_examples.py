@@ -85,7 +85,7 @@ def test_every_config_parses_as_it_is(path: Path) -> None:
     (cfg,) = run_configs(trees.load_tree(path))
     assert cfg.saes
     assert text.startswith("# "), "what it trains, and why these numbers"
-    assert max(map(len, text.splitlines())) <= 132
+    assert max(map(len, text.splitlines())) <= 128
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
