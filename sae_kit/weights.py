@@ -21,6 +21,7 @@ from sae_kit.seeding import generator
 
 LATENTS_PER_BLOCK = 1_024  # initial weights are drawn per block, so that they do not depend on how latents are sharded
 SLICE_BYTES = {"cpu": 2**24}  # pre-activations at a time that stay in its cache
+ROWS_AT_LEAST = 1_024  # of a slice: with fewer the encoder is read more often than its product can hide
 SPARSE_BELOW = {"cpu": 0.03}  # density from which dense products are faster; elsewhere 0.8%, bandwidth / matrix rate
 STATISTICS = tuple(f"norm_{side}.{name}" for side in ("in", "out") for name in ("scale", "mean", "matrix", "inverse"))
 
@@ -225,31 +226,35 @@ class SAEWeights(nn.Module):
         factor: Float[Tensor, " n_latents"] | None = None,
         multiple: int = 1,
     ) -> Iterator["Slice"]:
-        """((x − a·b_dec) W_enc + bias) · factor, a slice of latents at a time, without graph.
+        """((x − a·b_dec) W_enc + bias) · factor, slice after slice of one block, without graph.
 
-        No slice is larger than `max_pre_bytes`, and its width is a multiple of `multiple`. All lie in the same memory:
-        a slice is gone when the next one is asked for.
+        No slice is larger than `max_pre_bytes`: it has all latents of so many rows as fit, or, if these are few, a
+        `multiple` of latents of `ROWS_AT_LEAST`. All lie in the same memory: a slice is gone when the next one is asked
+        for.
         """
-        geometry, rows = self.geometry, len(x)
+        geometry = self.geometry
         with torch.no_grad():
             bias = self._centred(bias).detach()
-        limit = self.max_pre_bytes or slice_bytes(x.device)
-        groups = max(limit // (max(rows, 1) * multiple * x.element_size()), 1)
-        width = math.ceil(self.d_sae / multiple / math.ceil(self.d_sae / multiple / groups)) * multiple
         amp = torch.is_autocast_enabled(x.device.type)  # products into given memory are none of those that it changes
         dtype = torch.get_autocast_dtype(x.device.type) if amp else x.dtype
+        numbers = max((self.max_pre_bytes or slice_bytes(x.device)) // dtype.itemsize, multiple)
+        rows = max(min(max(numbers // self.d_sae, ROWS_AT_LEAST), numbers // multiple, len(x)), 1)
+        width = min(numbers // rows // multiple * multiple, self.d_sae)
         memory = x.new_empty(rows * width, dtype=dtype)
         for layer in range(geometry.layers):
             read, W_enc = geometry.read(x.detach(), layer).to(dtype), geometry.encoder(self.W_enc.detach(), layer)
-            for start in range(0, self.d_sae, width):
-                weights, first = W_enc[:, start : start + width], layer * self.d_sae + start
-                own = slice(first, first + weights.shape[1])
-                offset = bias[own]
-                if factor is not None:  # there are fewer weights than products
-                    weights, offset = weights * factor[own], offset * factor[own]
-                values = memory[: rows * weights.shape[1]].view(rows, -1)
-                torch.addmm(offset.to(dtype), read, weights.to(dtype), out=values)
-                yield Slice(values, layer, first)
+            offset = geometry.latents(bias, layer)
+            if factor is not None:  # there are fewer weights than products
+                own = geometry.latents(factor, layer)
+                W_enc, offset = W_enc * own, offset * own
+            W_enc, offset = W_enc.to(dtype), offset.to(dtype)
+            for row in range(0, max(len(x), 1), rows):
+                part = read[row : row + rows]
+                for latent in range(0, self.d_sae, width):
+                    some = slice(latent, latent + width)
+                    found = memory[: len(part) * len(offset[some])].view(len(part), len(offset[some]))
+                    torch.addmm(offset[some], part, W_enc[:, some], out=found)
+                    yield Slice(found, row, layer * self.d_sae + latent, layer)
 
     def with_gradient(self, x: Float[Tensor, "rows ..."], bias: Tensor, picked: SparseCodes) -> SparseCodes:
         """Pre-activations of chosen entries, `picked` from slices, in the graph of x, W_enc, bias and b_dec."""
@@ -280,14 +285,15 @@ class SAEWeights(nn.Module):
         most, found = self.sparse_share * len(x) * n_latents, 0
         parts: list[tuple[Tensor, Tensor]] = []
         for part in self.slices(x, bias):
-            own = bound[part.first : part.first + part.values.shape[1]]
+            own = bound[part.latent : part.latent + part.values.shape[1]]
             # What is not a number passes: an SAE that has diverged must show it.
             passes = (part.values <= own).logical_not_()
             found += int(passes.count_nonzero())
             if found > most:
                 return self.project(x, bias)
             row, latent = passes.nonzero(as_tuple=True)
-            parts.append((row * n_latents + latent + part.first, part.values[row, latent]))
+            keys = (row + part.row) * n_latents + latent + part.latent
+            parts.append((keys, part.values[row, latent]))
         keys, values = (torch.cat(several) for several in zip(*parts, strict=True))
         if len(parts) > 1:
             keys, order = keys.sort()
@@ -384,12 +390,15 @@ class SAEWeights(nn.Module):
 
 
 class Slice(NamedTuple):
-    """Pre-activations of some neighbouring latents of one block, each times the factor of its latent."""
+    """Pre-activations of neighbouring rows and latents, each times the factor of its latent."""
 
     values: Float[Tensor, "rows width"]
+    row: int
+    """number of the first row"""
+    latent: int
+    """number of the first latent, on the axis of all of them"""
     layer: int
-    first: int
-    """number of the first one, on the axis of all latents"""
+    """their block"""
 
 
 def slice_bytes(device: torch.device) -> int:

@@ -8,8 +8,9 @@ the decoder divides by n again, so n decides only the ranking and its gradient i
 import dataclasses
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 import torch
@@ -21,7 +22,7 @@ from sae_kit.annealing import KAnnealing
 from sae_kit.config import Tokens
 from sae_kit.conversions import to_jumprelu, to_topk
 from sae_kit.errors import ConfigError
-from sae_kit.ops import Largest, LargestOfRows, SparseCodes
+from sae_kit.ops import Largest, SparseCodes, largest_of_rows
 from sae_kit.sae import SAE, Encoding
 from sae_kit.sae_config import SAEConfig, training_only
 from sae_kit.weights import Slice
@@ -76,7 +77,7 @@ class SelectionSAE(SAE):
             return
         z = self.ranked(pre)
         for layer in range(self.geometry.layers):
-            yield Slice(self.geometry.latents(z, layer), layer, layer * self.d_sae)
+            yield Slice(self.geometry.latents(z, layer), 0, layer * self.d_sae, layer)
 
     def codes(
         self,
@@ -142,36 +143,38 @@ class RowSelectionSAE(SelectionSAE):
     def _picked(
         self, rows: Float[Tensor, "rows ..."], pre: Float[Tensor, "rows n_latents"] | None, k: int
     ) -> SparseCodes:
-        """z and indices of those who are kept: each slice competes with the best of those before it."""
-        groups = self.cfg.selection == "groupmax"
-        size = self.d_sae // k if groups else 1
-        kept = [
-            GroupMaxima(size, self.strength) if groups else LargestOfRows(k, self.strength)
-            for _ in range(self.geometry.layers)
+        """z and indices of those who are kept."""
+        size = self.d_sae // k if self.cfg.selection == "groupmax" else 1
+        blocks = [
+            [self._best(same_rows, k, size) for _, same_rows in groupby(block, key=lambda part: part.row)]
+            for _, block in groupby(self.parts(rows, pre, size), key=lambda part: part.layer)
         ]
-        for part in self.parts(rows, pre, size):
-            kept[part.layer].add(part.values, part.first)
-        z, latents = (torch.cat(each, dim=1) for each in zip(*(best.result() for best in kept), strict=True))
+        z, latents = (
+            torch.cat([torch.cat([found[which] for found in block]) for block in blocks], dim=1) for which in (0, 1)
+        )
         return SparseCodes(z, latents, self.geometry.n_latents, (len(rows),))
 
+    def _best(self, parts: Iterable[Slice], k: int, size: int) -> tuple[Tensor, Tensor]:
+        """z and indices of the k best of some rows: the best of each slice compete with each other."""
+        found: list[tuple[Tensor, Tensor]] = []
+        for part in parts:
+            strength = self.strength(part.values)
+            if size > 1:
+                columns = largest_of_groups(strength, size)
+            else:
+                columns = largest_of_rows(strength, min(k, strength.shape[1]))
+            found.append((part.values.gather(1, columns), columns + part.latent))
+        z, latents = (torch.cat(each, dim=1) for each in zip(*found, strict=True))
+        if z.shape[1] > k:
+            best = largest_of_rows(self.strength(z), k)
+            z, latents = z.gather(1, best), latents.gather(1, best)
+        return z, latents
 
-class GroupMaxima:
-    """The largest of each group of `size` neighbours, of numbers that come in parts (Eleuther's sparsify)."""
 
-    def __init__(self, size: int, by: Callable[[Tensor], Tensor]) -> None:
-        self.size, self.by = size, by
-        self._kept: list[tuple[Tensor, Tensor]] = []
-
-    def add(self, numbers: Float[Tensor, "rows width"], first: int) -> None:
-        """A part of whole groups whose columns are numbered from `first`."""
-        groups = self.by(numbers).unflatten(1, (-1, self.size))
-        best = groups.argmax(dim=2) + torch.arange(groups.shape[1], device=numbers.device) * self.size
-        self._kept.append((numbers.gather(1, best), best + first))
-
-    def result(self) -> tuple[Float[Tensor, "rows groups"], Int[Tensor, "rows groups"]]:
-        """Numbers and columns."""
-        numbers, columns = (torch.cat(each, dim=1) for each in zip(*self._kept, strict=True))
-        return numbers, columns
+def largest_of_groups(numbers: Float[Tensor, "rows width"], size: int) -> Int[Tensor, "rows groups"]:
+    """The column of the largest of each group of `size` neighbours (Eleuther's sparsify)."""
+    best = numbers.unflatten(1, (-1, size)).argmax(dim=2)
+    return best + torch.arange(best.shape[1], device=best.device) * size
 
 
 # ---- k·B of a batch of B rows ----------------------------------------------------------------------------------------
@@ -273,7 +276,7 @@ class BatchSelectionSAE(SelectionSAE):
         per_scope = n_latents // self._scopes
         kept = [Largest(number) for _ in range(self._scopes)]
         for part in self.parts(x, pre):
-            kept[part.first // per_scope].add(part.values, part.first, n_latents)
+            kept[part.latent // per_scope].add(part.values, part.row * n_latents + part.latent, n_latents)
         z, keys = (torch.cat(each) for each in zip(*(best.result() for best in kept), strict=True))
         keys, order = keys.sort()
         return SparseCodes.from_keys(keys, z[order], len(x), n_latents)

@@ -16,13 +16,12 @@ from sae_kit.ops.codes import (
     with_values,
 )
 from sae_kit.ops.layout import Layout
-from sae_kit.ops.selection import Largest, LargestOfRows, largest
+from sae_kit.ops.selection import Largest, largest, largest_of_rows
 from sae_kit.ops.sums import encode
 
 __all__ = [
     "Codes",
     "Largest",
-    "LargestOfRows",
     "Layout",
     "SparseCodes",
     "decode",
@@ -30,6 +29,7 @@ __all__ = [
     "firing_counts",
     "l0",
     "largest",
+    "largest_of_rows",
     "latent_means",
     "of_latents",
     "row_sums",

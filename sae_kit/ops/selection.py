@@ -1,10 +1,8 @@
 """The largest of very many numbers, and those above a bound."""
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -12,8 +10,8 @@ from sae_kit.ops.codes import widen
 
 BLOCK = 64
 """numbers whose maximum is looked at before any of them"""
-MAXIMA = 4
-"""maxima that are looked at in each row for each number that is wanted"""
+ROW_BLOCKS = (16, 8, 4)
+"""lengths of such blocks within a row, the first that fits"""
 
 
 def largest(
@@ -49,93 +47,46 @@ class Largest:
 
     def __init__(self, wanted: int) -> None:
         self.wanted = wanted
-        self._kept: Kept | None = None
+        self._numbers: Tensor | None = None
+        self._keys: Tensor | None = None
 
     def add(self, numbers: Float[Tensor, "rows width"], first_key: int, row_stride: int) -> None:
         """A part of which entry (r, j) has the key first_key + r · row_stride + j."""
-        flat, width, kept = numbers.reshape(-1), numbers.shape[1], self._kept
-        bound = kept.numbers.min() if kept is not None and len(kept.numbers) == self.wanted else None
+        flat, width, kept = numbers.reshape(-1), numbers.shape[1], self._numbers
+        bound = kept.min() if kept is not None and len(kept) == self.wanted else None
         found = largest(flat, self.wanted, bound)
-        new = _joined(kept, Kept(flat[found], first_key + found // width * row_stride + found % width))
-        if len(new.numbers) > self.wanted:
-            best = new.numbers.topk(self.wanted, sorted=False).indices
-            new = Kept(*(each[best] for each in new))
-        self._kept = new
+        new, keys = flat[found], first_key + found // width * row_stride + found % width
+        if kept is not None and self._keys is not None:
+            new, keys = torch.cat([kept, new]), torch.cat([self._keys, keys])
+        if len(new) > self.wanted:
+            best = new.topk(self.wanted, sorted=False).indices
+            new, keys = new[best], keys[best]
+        self._numbers, self._keys = new, keys
 
-    def result(self) -> "Kept":
+    def result(self) -> tuple[Float[Tensor, " found"], Int[Tensor, " found"]]:
         """The largest and their keys, in any order."""
-        assert self._kept is not None
-        return self._kept
+        assert self._numbers is not None
+        assert self._keys is not None
+        return self._numbers, self._keys
 
 
-class LargestOfRows:
-    """The `k` numbers of each row that are largest in `by`, and their columns, of numbers in parts [rows, width].
+def largest_of_rows(numbers: Float[Tensor, "rows width"], k: int) -> Int[Tensor, "rows k"]:
+    """Columns of the k largest of each row, in any order: exact, ties broken arbitrarily. NaN is the largest.
 
-    On a CPU only what can be among them is sorted: what is not below a bound of its row, the least that it has kept
-    or, in the first part, the k-th largest maximum of blocks. On CUDA that would be a question to the device.
+    On a CPU, where to partition all of a row takes as long as to compute it: the k largest lie in the k blocks with the
+    largest maxima, which are found in the same way, as are the k largest in them.
     """
-
-    def __init__(self, k: int, by: Callable[[Tensor], Tensor] = torch.positive) -> None:
-        self.k, self.by = k, by
-        self._kept: Kept | None = None
-
-    def add(self, numbers: Float[Tensor, "rows width"], first: int) -> None:
-        """A part whose columns are numbered from `first`."""
-        compared = self.by(numbers)
-        bound = self._bound(compared)
-        if bound is None:
-            best = compared.topk(min(self.k, numbers.shape[1]), dim=1, sorted=False).indices
-            new = Kept(numbers.gather(1, best), best + first)
-        else:
-            new = self._reaching(bound, compared, numbers, first)
-        new = _joined(self._kept, new)
-        if new.numbers.shape[1] > self.k:
-            compared = self.by(new.numbers).masked_fill(new.keys < 0, -torch.inf)
-            best = compared.topk(self.k, dim=1, sorted=False).indices
-            new = Kept(*(each.gather(1, best) for each in new))
-        self._kept = new
-
-    def _bound(self, compared: Float[Tensor, "rows width"]) -> Float[Tensor, " rows"] | None:
-        """What the numbers of each row have to reach; None where it is not worth finding out."""
-        rows, width = compared.shape
-        if not rows or compared.device.type != "cpu":
-            return None
-        if self._kept is not None and self._kept.numbers.shape[1] == self.k:
-            return self.by(self._kept.numbers).amin(dim=1)
-        blocks = MAXIMA * self.k
-        if width < 2 * blocks:
-            return None
-        per_block = width // blocks
-        # Block b has the columns b, b + blocks, …: neighbours are compared with neighbours.
-        maxima = compared[:, : per_block * blocks].unflatten(1, (per_block, blocks)).amax(dim=1)
-        partitioned = np.partition(widen(maxima).numpy(), blocks - self.k, axis=1)  # ten times as fast as kthvalue
-        return torch.from_numpy(partitioned[:, blocks - self.k]).to(compared.dtype)
-
-    @staticmethod
-    def _reaching(bound: Float[Tensor, " rows"], compared: Tensor, numbers: Tensor, first: int) -> "Kept":
-        """Those that reach the bound of their row; shorter rows are filled up with keys of -1."""
-        rows, width = numbers.shape
-        row, column = (compared < bound[:, None]).logical_not_().nonzero(as_tuple=True)  # NaN passes
-        starts = torch.searchsorted(row, torch.arange(rows + 1))
-        longest = int(starts.diff().max())
-        place = row * longest + torch.arange(len(row)) - starts[row]
-        new = Kept(numbers.new_zeros(rows, longest), torch.full((rows, longest), -1))
-        new.numbers.view(-1)[place] = numbers.reshape(-1)[row * width + column]
-        new.keys.view(-1)[place] = column + first
-        return new
-
-    def result(self) -> "Kept":
-        """The largest of each row and their columns, in any order."""
-        assert self._kept is not None
-        return self._kept
-
-
-class Kept(NamedTuple):
-    """What has been kept so far."""
-
-    numbers: Tensor
-    keys: Tensor
-
-
-def _joined(kept: Kept | None, new: Kept) -> Kept:
-    return new if kept is None else Kept(*(torch.cat(pair, dim=-1) for pair in zip(kept, new, strict=True)))
+    rows, width = numbers.shape
+    if numbers.device.type != "cpu":
+        return numbers.topk(k, dim=1, sorted=False).indices
+    sizes = (size for size in ROW_BLOCKS if width % size == 0 and width >= 2 * k * size)
+    if not rows or (size := next(sizes, None)) is None:
+        # Vectorised, as `topk` is not.
+        partitioned = np.argpartition(widen(numbers.detach()).numpy(), width - k, axis=1)
+        return torch.from_numpy(partitioned[:, width - k :])  # pyright: ignore[reportUnknownMemberType]
+    maxima = F.max_pool1d(numbers.detach()[:, None], size)[:, 0]
+    blocks = largest_of_rows(maxima, k)
+    inside = blocks + torch.arange(rows)[:, None] * maxima.shape[1]
+    candidates = numbers.reshape(-1, size).index_select(0, inside.view(-1)).view(rows, -1)
+    best = largest_of_rows(candidates, k)
+    return blocks.gather(1, best // size) * size + best % size

@@ -66,17 +66,19 @@ def test_slices_change_nothing(name: str, geometry: str, sparse_below: float) ->
 @pytest.mark.parametrize(("name", "geometry"), ONE_PASS)
 def test_no_slice_is_larger_than_asked(name: str, geometry: str) -> None:
     sae = make_sae(name, geometry)
-    sae.max_pre_bytes = 5 * BATCH * 4
     x = batch(sae, BATCH).x
-    bias = torch.zeros(sae.latent_shape)
-    parts = [(part.values.clone(), part.first) for part in sae.slices(x, bias)]
-    assert max(pre.shape[1] for pre, _ in parts) <= 5
-    assert [first for _, first in parts] == sorted({first for _, first in parts})
-    whole = torch.cat([pre for pre, _ in parts], dim=1)
-    torch.testing.assert_close(whole, sae.project(x, bias).detach(), rtol=1e-5, atol=1e-5)
-    wide = [part.values.shape[1] for part in sae.slices(x, bias, multiple=8)]
-    assert all(width == 8 for width in wide), "at least one group, however little memory is granted"
-    assert sum(wide) == sae.geometry.n_latents
+    bias, factor = torch.zeros(sae.latent_shape), torch.rand(sae.geometry.n_latents)
+    whole = sae.project(x, bias).detach() * factor
+    for limit, multiple in ((5 * sae.d_sae, 1), (5 * BATCH, 1), (5 * BATCH, 8), (8, 8), (1, 1), (1, 8)):
+        sae.max_pre_bytes = limit * 4
+        found = torch.full_like(whole, torch.nan)
+        for part in sae.slices(x, bias, factor, multiple):
+            rows, width = part.values.shape
+            assert part.values.numel() <= max(limit, multiple), "at least a multiple, however little memory is granted"
+            assert width % multiple == 0
+            assert part.layer == part.latent // sae.d_sae
+            found[part.row : part.row + rows, part.latent : part.latent + width] = part.values
+        torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "geometry"), ONE_PASS)

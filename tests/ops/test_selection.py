@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_kit.ops import Largest, LargestOfRows, largest
-from sae_kit.ops.selection import BLOCK, MAXIMA
+from sae_kit.ops import Largest, largest, largest_of_rows
+from sae_kit.ops.selection import BLOCK, ROW_BLOCKS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -71,67 +71,23 @@ def test_parts_give_what_the_whole_gives(wanted: int, width: int) -> None:
     assert torch.equal(found, whole.flatten()[keys])
 
 
-@pytest.mark.parametrize("rising", [False, True])
-@pytest.mark.parametrize("k", [1, 10, 130])
-@pytest.mark.parametrize("width", [1, 7, 128, 500])
-def test_parts_give_what_whole_rows_give(k: int, width: int, rising: bool) -> None:
-    """Also where every part beats those before it, and where one does not fill k."""
-    whole = numbers(20 * 500, seed=2).reshape(20, 500) - 10  # below 0, so that what fills up rows could be seen
-    whole = whole.sort(dim=1).values if rising else whole
-    kept = LargestOfRows(k)
-    for first in range(0, 500, width):
-        kept.add(whole[:, first : first + width], first)
-    found, columns = kept.result()
-    assert torch.equal(columns.sort(dim=1).values, whole.topk(k, dim=1).indices.sort(dim=1).values)
-    assert torch.equal(found, whole.gather(1, columns))
-
-
-def test_rows_keep_what_is_not_a_number() -> None:
-    whole = numbers(4 * 60, seed=3).reshape(4, 60)
-    whole[1, 5] = whole[2, 55] = math.nan
-    kept = LargestOfRows(6)
-    for first in range(0, 60, 20):
-        kept.add(whole[:, first : first + 20], first)
-    found, columns = kept.result()
-    assert 5 in columns[1]
-    assert 55 in columns[2]
-    assert found.isnan().sum() == 2
-
-
-def test_of_no_rows_nothing_is_kept() -> None:
-    kept = LargestOfRows(3)
-    for first in (0, 5):
-        kept.add(torch.zeros(0, 5, device=DEVICE), first)
-    assert kept.result()[0].shape == (0, 3)
-
-
-@pytest.mark.parametrize("width", [20, 300, 1200])
-def test_rows_may_be_compared_by_another_number(width: int) -> None:
-    """Kept is the number itself, of either sign."""
-    whole = numbers(30 * 1200, seed=5).reshape(30, 1200)
-    kept = LargestOfRows(9, torch.abs)
-    for first in range(0, 1200, width):
-        kept.add(whole[:, first : first + width], first)
-    found, columns = kept.result()
-    assert torch.equal(columns.sort(dim=1).values, whole.abs().topk(9, dim=1).indices.sort(dim=1).values)
-    assert torch.equal(found, whole.gather(1, columns))
-    assert (found < 0).any()
-
-
-@pytest.mark.parametrize("k", [1, 5, 32])
-@pytest.mark.parametrize("width", [256, 1000, 2048])
-def test_the_largest_of_long_rows_are_found_among_maxima_of_blocks(k: int, width: int) -> None:
+@pytest.mark.parametrize("k", [1, 5, 32, 130])
+@pytest.mark.parametrize("width", [130, 256, 1000, 2048])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_largest_of_rows_are_found(k: int, width: int, dtype: torch.dtype) -> None:
     """Also where they all lie in one block, where numbers are equal, and where some are none."""
-    x = numbers(40 * width, seed=2).reshape(40, width)
-    blocks = MAXIMA * k
-    x[1, 3::blocks] += 100  # one block holds them
+    x = numbers(40 * width, seed=2).reshape(40, width).to(dtype)
+    x[1, 32 : 32 + ROW_BLOCKS[0]] += 100
     x[2] = 0.0
     x[3, 5] = math.nan
     x[4] = -math.inf
-    kept = LargestOfRows(k)
-    kept.add(x, 0)
-    found, columns = kept.result()
-    expected = x.topk(k, dim=1).values
-    torch.testing.assert_close(found.sort(dim=1, descending=True).values, expected, rtol=0, atol=0, equal_nan=True)
+    x[5, 7:] = -math.inf
+    columns = largest_of_rows(x, k)
+    assert columns.shape == (40, k)
     assert all(len(set(row)) == k for row in columns.tolist())
-    torch.testing.assert_close(x.gather(1, columns), found, rtol=0, atol=0, equal_nan=True)
+    found = x.gather(1, columns).sort(dim=1, descending=True).values
+    torch.testing.assert_close(found, x.topk(k, dim=1).values, rtol=0, atol=0, equal_nan=True)
+
+
+def test_of_no_rows_there_are_none() -> None:
+    assert largest_of_rows(torch.zeros(0, 256, device=DEVICE), 3).shape == (0, 3)
