@@ -62,7 +62,7 @@ def test_yaml_blocks_are_runs(place: str, tmp_path: Path) -> None:
 def commands(page: str, *names: str) -> list[list[str]]:
     """The `sae-kit` lines of a page, as arguments from the command on; those whose command is named."""
     text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
-    lines = [line.strip().split("#")[0].split() for line in text.splitlines()]
+    lines = [line.strip().split("#")[0].replace("--dry-run", "").split() for line in text.splitlines()]
     return [words[1:] for words in lines if words[:1] == ["sae-kit"] and words[1:2] and words[1] in names]
 
 
