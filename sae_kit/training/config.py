@@ -21,8 +21,8 @@ from sae_kit.evals import FAMILIES, check_families
 from sae_kit.sae_config import SAEConfig
 from sae_kit.training.callbacks.early_stop import EarlyStopConfig
 from sae_kit.training.checkpoint_times import CheckpointConfig
-from sae_kit.training.init import InitConfig
 from sae_kit.training.end_to_end import EndToEndConfig
+from sae_kit.training.init import InitConfig
 from sae_kit.training.optim import USED_BY, OptimConfig
 from sae_kit.training.resampling import ResampleConfig
 from sae_kit.training.schedules import ScheduleConfig
@@ -54,17 +54,16 @@ class SAEEntry:
     """fit the start to the first rows; None = as built"""
     resample: ResampleConfig | None = None
     """give dead latents new directions; None = never"""
-
     end_to_end: EndToEndConfig | None = None
     """train on what the model does with the reconstruction; every SAE of the run then gets whole contexts, unmixed"""
     reconstruction: float | None = None
     """coefficient of the reconstruction loss; None = 1, or 0 with end_to_end"""
+
     def __post_init__(self) -> None:
         if self.lr is not None and "lr" in self.optim:
             raise ConfigError("lr and optim.lr are the same field: give one of them")
         if self.start is not None and self.init is not None:
             raise ConfigError("init fits the start of a new SAE, and start names one that exists: give one of them")
-
         if self.reconstruction is not None and self.reconstruction < 0:
             raise ConfigError(f"reconstruction must not be negative, found {self.reconstruction}")
         if self.end_to_end is not None and not (isinstance(self.hook, str) and isinstance(self.hook_out, str | None)):
@@ -76,6 +75,7 @@ class SAEEntry:
         if self.reconstruction is not None:
             return self.reconstruction
         return 1.0 if self.end_to_end is None else 0.0
+
     @property
     def sites(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Sites that are read, and sites that are written."""
@@ -271,10 +271,10 @@ class RunConfig:
             self.schedule_of(name).build(self.train.tokens)
         self.checkpoint.build(self.train.tokens, self.train.batch_tokens)
         self.eval.interval(self.train.tokens)
-
-    def optim_of(self, name: str | None) -> OptimConfig:
         if self.end_to_end:
             self._check_whole_contexts()
+
+    def optim_of(self, name: str | None) -> OptimConfig:
         """The optimizer of one SAE; None is that of the run."""
         entry = None if name is None else self.saes.get(name)
         own = {} if entry is None else entry.optim if entry.lr is None else {**entry.optim, "lr": entry.lr}
@@ -286,6 +286,24 @@ class RunConfig:
         """The schedule of one SAE; None is that of the run."""
         entry = None if name is None else self.saes.get(name)
         return _changed(self.schedule, {} if entry is None else entry.schedule, f"saes.{name}.schedule")
+
+    @property
+    def end_to_end(self) -> dict[str, EndToEndConfig]:
+        """SAEs that are trained end to end, and how."""
+        return {name: entry.end_to_end for name, entry in self.saes.items() if entry.end_to_end is not None}
+
+    def _check_whole_contexts(self) -> None:
+        """Refuse what is for rows that were taken out of their contexts."""
+        if self.cache.read is not None:
+            raise ConfigError("end_to_end runs the model on the text of each batch: leave cache.read out")
+        if self.train.accumulate > 1:
+            raise ConfigError(
+                "train.accumulate: with end_to_end a step is one pass over whole contexts; its memory is that of one "
+                "forward, whose size is data.rows_per_forward"
+            )
+        for name in ("tokens", "dtype", "device", "drop_last", "prefetch"):
+            if (value := getattr(self.buffer, name)) not in (getattr(BufferConfig, name), 0):
+                raise ConfigError(f"buffer.{name}: with end_to_end there is no buffer, found {value!r}; leave it out")
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -312,24 +330,6 @@ class RunConfig:
             raise ConfigError(f"{where or 'run'}: expected a mapping, found {data!r}")
         if "sweep" in data:
             from sae_kit.training.sweep import expand_sweep
-    @property
-    def end_to_end(self) -> dict[str, EndToEndConfig]:
-        """SAEs that are trained end to end, and how."""
-        return {name: entry.end_to_end for name, entry in self.saes.items() if entry.end_to_end is not None}
-
-    def _check_whole_contexts(self) -> None:
-        """Refuse what is for rows that were taken out of their contexts."""
-        if self.cache.read is not None:
-            raise ConfigError("end_to_end runs the model on the text of each batch: leave cache.read out")
-        if self.train.accumulate > 1:
-            raise ConfigError(
-                "train.accumulate: with end_to_end a step is one pass over whole contexts; its memory is that of one "
-                "forward, whose size is data.rows_per_forward"
-            )
-        for name in ("tokens", "dtype", "device", "drop_last", "prefetch"):
-            if (value := getattr(self.buffer, name)) not in (getattr(BufferConfig, name), 0):
-                raise ConfigError(f"buffer.{name}: with end_to_end there is no buffer, found {value!r}; leave it out")
-
 
             data, *others = expand_sweep(data)
             if others:

@@ -85,7 +85,7 @@ class LiveInputs:
         }
 
     def open(self) -> ActivationsStore:
-        """The stream of mixed batches."""
+        """The stream of mixed batches; of whole contexts, if an SAE of the run is trained end to end."""
         cfg = self._cfg
         if cfg.end_to_end:
             return ActivationsStore(self._whole_contexts())

@@ -29,14 +29,15 @@ from sae_kit.training.evaluating import Evaluate, check_awaited
 from sae_kit.training.folder import make_folder, run_folder
 from sae_kit.training.inputs import LiveInputs, open_inputs
 from sae_kit.training.optim import OptimizerFactory
-from sae_kit.training.part import OwnLoss
 from sae_kit.training.outline import check_run, outline
+from sae_kit.training.part import OwnLoss
 from sae_kit.training.results import RESULTS, write_results
 from sae_kit.training.resume import checkpoint_to_resume, go_on, only_begun
 from sae_kit.training.saving import Saving
 from sae_kit.training.trainer import SAETrainer, TrainingResult
 
 log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class RunResult:
