@@ -1,5 +1,6 @@
 """Examples run, and the benchmark on known features; the others are in test_benchmarks.py."""
 
+import dataclasses
 import json
 import re
 import runpy
@@ -12,7 +13,7 @@ from PIL import Image
 from runs import merged
 from test_docs import ROOT
 
-from sae_kit import SAE, JumpReLUSAEConfig, RunConfig, cache_activations
+from sae_kit import SAE, RunConfig, cache_activations
 from sae_kit import config as trees
 from sae_kit.cli import main
 from sae_kit.training.config import expand_short_names
@@ -100,10 +101,13 @@ def test_every_config_runs(path: Path, tmp_path: Path, monkeypatch: pytest.Monke
         written = {"write": str(tmp_path / "acts"), "sites": site, "tokens": 512}
         cache_activations(RunConfig.from_dict({**few, "cache": written}))
         few = {key: value for key, value in few.items() if key not in ("model", "data", "eval")}
+    if any("end_to_end" in entry for entry in tree.get("saes", {}).values()):
+        few.pop("buffer")  # for whole contexts there is none
     if (start := tree.get("saes", {}).get("sae", {}).get("start")) is not None:
         assert start.startswith("runs/")
         tree["saes"]["sae"]["start"] = str(tmp_path / "first")
-        JumpReLUSAEConfig(d_in=128, d_sae=64, normalize_activations="none").build().save_model(tmp_path / "first")
+        own = RunConfig.from_dict(merged(tree, few)).saes["sae"].sae
+        dataclasses.replace(own, d_in=128, normalize_activations="none").build().save_model(tmp_path / "first")
     (tmp_path / "run.json").write_text(json.dumps(merged(tree, few)))
     assert main(["train", str(tmp_path / "run.json")]) == 0
     (cfg,) = run_configs(merged(tree, few))
