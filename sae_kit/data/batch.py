@@ -9,6 +9,7 @@ tensors, just after the last item that it handed out; a link built in the same w
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
@@ -27,6 +28,13 @@ class Batch:
 
     x: Float[Tensor, "batch ..."]
     y: Float[Tensor, "batch ..."]
+
+    @cached_property
+    def moments(self) -> tuple[Float[Tensor, "sites width"], Float[Tensor, " sites"]]:
+        """ȳ and Σ‖y − ȳ‖² at each site, in float64: found once for all SAEs that are trained on these rows."""
+        wide = self.y.detach().double().reshape(len(self.y), -1, self.y.shape[-1])
+        mean = wide.mean(dim=0)
+        return mean, (wide - mean).square().sum(dim=(0, 2))
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,15 @@ class Moments:
         if len(rows):
             wide = rows.double()
             mean = wide.mean(0)
-            self._add(len(rows), mean, (wide - mean).square().sum())
+            self.add(len(rows), mean, (wide - mean).square().sum())
 
     def merge(self, other: "Moments") -> None:
         """Take in all that `other` has seen."""
         if other.n:
-            self._add(other.n, other.mean.to(self.mean.device), other.m2.to(self.m2.device))
+            self.add(other.n, other.mean.to(self.mean.device), other.m2.to(self.m2.device))
 
-    def _add(self, n: int, mean: Float[Tensor, " width"], m2: Float[Tensor, ""]) -> None:
+    def add(self, n: int, mean: Float[Tensor, " width"], m2: Float[Tensor, ""]) -> None:
+        """Take in n rows of this mean and total squared deviation."""
         total = self.n + n
         delta = mean - self.mean
         self.mean = self.mean + delta * (n / total)

@@ -79,7 +79,7 @@ def largest_of_rows(numbers: Float[Tensor, "rows width"], k: int) -> Int[Tensor,
     rows, width = numbers.shape
     if numbers.device.type != "cpu":
         return numbers.topk(k, dim=1, sorted=False).indices
-    sizes = (size for size in ROW_BLOCKS if width % size == 0 and width >= 2 * k * size)
+    sizes = (size for size in ROW_BLOCKS if width % size == 0 and width >= 4 * k * size)
     if not rows or (size := next(sizes, None)) is None:
         # Vectorised, as `topk` is not.
         partitioned = np.argpartition(widen(numbers.detach()).numpy(), width - k, axis=1)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae_kit.data.batch import State
+from sae_kit.data.batch import Batch, State
 from sae_kit.evals.moments import Moments
 from sae_kit.evals.reconstruction import ABOUT_ZERO, RatiosByNorm
 from sae_kit.ops import widen
@@ -59,20 +59,18 @@ class TrainingMetrics:
         self._step_targets = [Moments(self._mean.shape[1], device=self._mean.device) for _ in self._mean]
 
     @torch.no_grad()
-    def update(
-        self, run: Pass, losses: Losses, target: Float[Tensor, "rows ..."], fired: Int[Tensor, " n_latents"]
-    ) -> None:
-        """Add a pass; `target` holds the raw rows to reproduce, `fired` in how many of them each latent was on."""
-        rows = len(target)
+    def update(self, run: Pass, losses: Losses, batch: Batch, fired: Int[Tensor, " n_latents"]) -> None:
+        """Add a pass over raw rows; `fired` says in how many of them each latent was on."""
+        rows = len(batch.y)
         self._step_rows += rows
         values = {f"losses/{name}": term for name, term in {"overall_loss": losses.total, **losses.terms}.items()}
         values |= {f"metrics/{name}": value for name, value in run.encoding.details.items()}
         values["metrics/l0"] = fired.sum().double() / rows
         means = rows * torch.stack([value.detach().double() for value in values.values()])
-        y, y_hat = widen(target), widen(self._sae.norm_target.undo(run.y_hat, run.scale, run.shift))
+        y, y_hat = widen(batch.y), widen(self._sae.norm_target.undo(run.y_hat, run.scale, run.shift))
         error = y_hat - y
-        for moments, values_at_site in zip(self._step_targets, _by_site(target), strict=True):
-            moments.update(values_at_site)
+        for moments, mean, m2 in zip(self._step_targets, *batch.moments, strict=True):
+            moments.add(rows, mean, m2)
         self._step_squared_error += torch.stack([each.square().sum(dtype=torch.float64) for each in _by_site(error)])
         compared = self._compare(y.flatten(1), y_hat.flatten(1))
         self._step_sums.add([*values, *COMPARED], torch.cat([means, compared]))

@@ -194,7 +194,7 @@ class SAEInTraining:
         (losses.total if share == 1 else share * losses.total).backward()
         sae.observe(run.encoding, values)
         self._values.observe(sae, run.encoding)
-        self.metrics.update(run, losses, batch.y, fired)
+        self.metrics.update(run, losses, batch, fired)
         return share * losses.total.detach().double()
 
     def _of_rows(self) -> list[tuple[str, Tensor]]:

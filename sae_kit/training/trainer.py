@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -162,9 +162,13 @@ class SAETrainer:
 
         The event `on_gradients` comes once for each SAE: the one that has gradients then.
         """
-        rows = 0
+        rows, shared = 0, dict[Any, Batch]()  # SAEs of the same sites have one batch, and what is found of it once
         for name, part in self.in_training.items():
-            batch = self._batch(item, name, part.sae)
+            geometry = part.sae.geometry
+            key = (self._sites[name], geometry.in_shape, geometry.out_shape, geometry.same_site)
+            if key not in shared:
+                shared[key] = self._batch(item, name, part.sae)
+            batch = shared[key]
             rows = len(batch.x)
             if not part.failed:
                 part.step(batch, self.tokens, on_gradients=lambda: self.callbacks.call("on_gradients", self))
