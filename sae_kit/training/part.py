@@ -94,7 +94,7 @@ class SAEInTraining:
         self.health = Health(sae.device, cfg.train.nonfinite_limit)
         self.ema = None if optim.ema is None else WeightEMA(sae, optim.ema)
         target = sae.cfg.controlled_l0()
-        self.controller = None if target is None else L0Controller(target, sae.device)
+        self.controller = None if target is None else L0Controller.of_run(target, sae.device, total)
         self.failed = False
         """whether it diverged, and is trained no more"""
         self.details: dict[str, float] = {}
