@@ -95,13 +95,16 @@ def test_resampled_latents_are_averaged_anew() -> None:
 
 def test_the_controller_by_hand() -> None:
     controller = L0Controller(10.0, torch.device("cpu"))
-    average = weight = log_factor = 0.0
+    fast = slow = fast_weight = slow_weight = log_factor = 0.0
     for fired, rows, steers in ((50_000, 4096, False), (90_000, 4096, True), (20_000, 2048, True), (100, 2048, True)):
         controller.observe(torch.tensor(fired), rows, steers=steers, bad=GOOD)
-        beta = math.exp(-rows / 100_000)
-        average, weight = beta * average + (1 - beta) * fired / rows, beta * weight + (1 - beta)
+        beta, gamma = math.exp(-rows / 100_000), math.exp(-rows / 300_000)
+        fast, fast_weight = beta * fast + (1 - beta) * fired / rows, beta * fast_weight + (1 - beta)
+        slow, slow_weight = gamma * slow + (1 - gamma) * fired / rows, gamma * slow_weight + (1 - gamma)
         if steers:
-            log_factor += 1e-3 * rows / 4096 * min(max(math.log(average / weight / 10), -1), 1)
+            now, before = fast / fast_weight, slow / slow_weight
+            error = math.log(now / 10) + 2 * math.log(now / before)
+            log_factor += 1e-3 * rows / 4096 * min(max(error, -0.5), 0.5)
         assert controller.factor.item() == pytest.approx(math.exp(log_factor), rel=1e-12)
     assert log_factor > 0
     controller.observe(torch.tensor(0), 2048, steers=True, bad=~GOOD)
@@ -111,9 +114,23 @@ def test_the_controller_by_hand() -> None:
 @pytest.mark.parametrize(("l0", "factor"), [(10**6, 100.0), (0, 0.01)])
 def test_the_factor_stays_within_two_orders_of_magnitude(l0: int, factor: float) -> None:
     controller = L0Controller(10.0, torch.device("cpu"), rate=1.0)
-    for _ in range(10):
+    for _ in range(20):
         controller.observe(torch.tensor(l0 * 4096), 4096, steers=True, bad=GOOD)
     assert controller.factor.item() == pytest.approx(factor)
+
+
+def test_a_factor_that_is_too_high_turns_back_before_the_target_is_passed() -> None:
+    controller = L0Controller(10.0, torch.device("cpu"), rate=0.1, window=4096)
+    for l0 in (200, 150, 100, 50, 25, 14):
+        before = controller.factor.item()
+        controller.observe(torch.tensor(l0 * 4096), 4096, steers=True, bad=GOOD)
+    assert controller.factor.item() < before, "L0 is above its target, and will not be for long"
+
+
+@pytest.mark.parametrize(("total", "rate", "window"), [(400_000, 0.3072, 5_000), (10**9, 1e-3, 100_000)])
+def test_a_short_run_is_steered_faster(total: int, rate: float, window: int) -> None:
+    controller = L0Controller.of_run(10.0, torch.device("cpu"), total)
+    assert (controller.rate, controller.window) == (pytest.approx(rate), window)
 
 
 JUMPRELU = {"jumprelu_bandwidth": 0.3, "threshold_lr_factor": 3.0, "jumprelu_init_threshold": 0.1}
@@ -132,7 +149,7 @@ def test_l0_comes_to_its_target(name: str, coefficient: float, fields: dict[str,
     sae.norm_in.estimate(torch.cat([batch.x for batch in batches]))
     part = SAEInTraining(run_config(10**4, optim={"lr": 5e-3}, train={"dead_after_tokens": 10**9}), "sae", sae)
     assert part.controller is not None
-    part.controller.rate, part.controller.window = 0.64, 24 * BATCH  # ten times as fast a step as of 4,096 rows
+    part.controller.rate, part.controller.window = 1.0, 8 * BATCH  # ten times as fast a step as of 4,096 rows
     for step in range(1400):
         part.step(batches[step % 400], step * BATCH, 1.0)
         if step == 1100:
