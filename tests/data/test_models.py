@@ -1,11 +1,13 @@
 """Models come from their name as the host that their sites need, with a tokenizer of their own."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from hosts import HAS_HOOKED, log_probabilities
 from torch import Tensor, nn
 
@@ -142,6 +144,34 @@ def test_arguments_of_from_pretrained_reach_it(folder: Path) -> None:
     bridge, _ = loaded(folder, host="bridge", attn_implementation="sdpa")
     assert bridge.original_model.config._attn_implementation == "sdpa"
     assert loaded(folder)[0].config._attn_implementation == "sdpa"
+
+
+def test_whose_code_and_which_revision_are_said_to_whoever_reads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    for name in ("AutoModelForCausalLM", "AutoTokenizer"):
+        cls = getattr(transformers, name)
+
+        def read(*words: Any, real: Any = cls.from_pretrained, **named: Any) -> Any:
+            asked.append((named["revision"], named["trust_remote_code"]))
+            return real(*words, **{**named, "revision": None, "trust_remote_code": False})
+
+        monkeypatch.setattr(cls, "from_pretrained", read)
+    loaded(folder)
+    loaded(folder, revision="v2", trust_remote_code=True)
+    assert asked == [(None, False)] * 2 + [("v2", True)] * 2
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Compatibility)])
+def test_every_way_to_process_weights_is_said_to_the_bridge(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    asked: list[dict[str, bool]] = []
+    monkeypatch.setattr(TransformerBridge, "enable_compatibility_mode", lambda bridge, **flags: asked.append(flags))
+    loaded(folder, compat=Compatibility(**{name: True}))
+    (flags,) = asked
+    assert [flag for flag, on in flags.items() if on] == [name]
 
 
 def test_the_reader_of_a_config_runs_the_model_as_it_says(folder: Path, ids: Tensor) -> None:

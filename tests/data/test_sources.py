@@ -130,6 +130,7 @@ def test_local_text_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     assert list(open_source(Source(path=str(tmp_path))).items) == ["one", "two", None, "three"]
     assert "latin.txt is not UTF-8 text: skipped" in caplog.text
     assert list(open_source(Source(path=str(tmp_path), data_files="*.py")).items) == ["one"]
+    assert list(open_source(Source(path=str(tmp_path), data_dir="sub")).items) == ["three"]
     assert list(open_source(Source(path=str(tmp_path / "b.txt"))).items) == ["two"]
 
 
