@@ -111,7 +111,7 @@ def available(device: torch.device) -> tuple[int, int] | None:
         free, total = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + unused, total
-    if device.type != "cpu" or "SC_PHYS_PAGES" not in os.sysconf_names:
+    if device.type != "cpu" or "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
         return None
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     table = Path("/proc/meminfo")
