@@ -232,17 +232,20 @@ def sections_of(hint: Any) -> Iterator[Any]:
         yield from sections_of(part)
 
 
-@pytest.mark.parametrize("name", [*TRAINABLE, None])
-def test_defaults_train(name: str | None, tmp_path: Path) -> None:
-    """With what is required and nothing else; that is an evaluation at the end, too, which one of them shows."""
-    sae = {"architecture": name or "topk", "d_sae": 256}
-    tree = {"model": "demo", "dataset": "demo", "hook": HOOK, "tokens": 4096, "sae": sae, "out": str(tmp_path)}
-    found = run(RunConfig.from_dict({**tree, **({} if name is None else {"eval": {"at_end": False}})}))
-    assert found.training.status == {"sae": "trained"}
+@pytest.mark.parametrize("names", [TRAINABLE, ("topk",)], ids=["every architecture", "evaluated"])
+def test_defaults_train(names: tuple[str, ...], tmp_path: Path) -> None:
+    """What is required and nothing else, but for the evaluation at the end, which the second run shows."""
+    saes = {name: {"hook": HOOK, "sae": {"architecture": name, "d_sae": 128}} for name in names}
+    tree = {"model": "demo", "dataset": "demo", "tokens": 4096, "saes": saes, "out": str(tmp_path)}
+    found = run(RunConfig.from_dict({**tree, **({"eval": {"at_end": False}} if len(names) > 1 else {})}))
+    assert found.training.status == dict.fromkeys(names, "trained")
     assert found.training.tokens == 4096
-    assert math.isfinite(found.training.metrics["losses/overall_loss"])
-    assert list(found.evals) == (["sae"] if name is None else [])
-    assert SAE.load_from_disk(found.folder / "saes" / "sae").cfg.d_in == 128
+    losses = [value for name, value in found.training.metrics.items() if name.endswith("losses/overall_loss")]
+    assert len(losses) == len(names)
+    assert all(map(math.isfinite, losses))
+    assert list(found.evals) == ([] if len(names) > 1 else ["topk"])
+    for name in names:
+        assert SAE.load_from_disk(found.folder / "saes" / name).cfg.d_in == 128
 
 
 def test_no_field_is_forgotten() -> None:
