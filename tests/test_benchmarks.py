@@ -187,3 +187,9 @@ def test_the_price_of_stored_bits_is_the_same_run_again(rows: Callable[..., list
     assert eighth["bytes"] < whole["bytes"] / 3
     assert abs(eighth["less"]) < 0.05
     assert eighth["explained"] != whole["explained"]
+
+
+def test_a_run_is_compared_with_its_parts(rows: Callable[..., list[dict[str, Any]]]) -> None:
+    (found,) = rows("overhead.py", "--tokens", "4096", "--eval-tokens", "1024", "--cpu")
+    assert found["run"] == pytest.approx(found["ratio"] * (found["harvest"] + found["steps"]))
+    assert min(found["harvest"], found["steps"], found["startup"], found["ending"]) > 0
