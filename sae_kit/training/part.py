@@ -99,7 +99,7 @@ class SAEInTraining:
         """whether it diverged, and is trained no more"""
         self.details: dict[str, float] = {}
         self._accumulate = cfg.train.accumulate
-        self._own_loss = loss
+        self.own_loss = loss
         self._reconstruction = 1.0 if entry is None else entry.reconstruction_coefficient
         self._clipped = clipped_parameters(sae)
         self._amp = uses_amp(sae, cfg)
@@ -188,8 +188,8 @@ class SAEInTraining:
         if self.resampler is not None:
             self.resampler.observe(run, tokens)
         losses = self._losses(sae, run, values, self.dead, factor, self._reconstruction)
-        if self._own_loss is not None:
-            own = dict(self._own_loss(sae, batch, run))
+        if self.own_loss is not None:
+            own = dict(self.own_loss(sae, batch, run))
             losses = Losses(torch.stack([losses.total, *own.values()]).sum(), losses.terms | own)
         (losses.total if share == 1 else share * losses.total).backward()
         sae.observe(run.encoding, values)

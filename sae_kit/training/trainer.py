@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from sae_kit.training.callbacks import Callback, Callbacks, Console
 from sae_kit.training.config import RunConfig
 from sae_kit.training.optim import OptimizerFactory
 from sae_kit.training.part import OwnLoss, SAEInTraining
+from sae_kit.training.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +101,12 @@ class SAETrainer:
             name: SAEInTraining(cfg, name, sae.to(device), optimizer=optimizers.get(name), loss=loss)
             for name, sae in self.saes.items()
         }
+        self._workers: Workers | None = None
+        # Only what is our own is known to bear it.
+        listens = any(type(callback).on_gradients is not Callback.on_gradients for callback in self.callbacks)
+        own = listens or any(part.own_loss is not None for part in self.in_training.values())
+        several = len(self.in_training) > 1 and torch.get_num_threads() > 1
+        self._side_by_side = several and device.type == "cpu" and cfg.train.compile is None and not own
 
     def fit(self) -> TrainingResult:
         """Train until `train.tokens`, the end of the batches, or `callbacks.stop`, whichever comes first.
@@ -147,6 +155,9 @@ class SAETrainer:
             raise
         finally:
             self.callbacks.close()
+            if self._workers is not None:
+                self._workers.close()
+                self._workers = None
         return TrainingResult(
             self.saes,
             self.tokens,
@@ -163,18 +174,27 @@ class SAETrainer:
         The event `on_gradients` comes once for each SAE: the one that has gradients then.
         """
         rows, shared = 0, dict[Any, Batch]()  # SAEs of the same sites have one batch, and what is found of it once
+        steps: list[Callable[[], None]] = []
         for name, part in self.in_training.items():
             geometry = part.sae.geometry
             key = (self._sites[name], geometry.in_shape, geometry.out_shape, geometry.same_site)
             if key not in shared:
                 shared[key] = self._batch(item, name, part.sae)
-            batch = shared[key]
-            rows = len(batch.x)
+            rows = len(shared[key].x)
             if not part.failed:
-                part.step(batch, self.tokens, on_gradients=lambda: self.callbacks.call("on_gradients", self))
+                steps.append(partial(part.step, shared[key], self.tokens, on_gradients=self._on_gradients))
+        if not self._side_by_side:
+            for step in steps:
+                step()
+        else:
+            self._workers = self._workers or Workers(len(self.in_training))
+            self._workers.run(steps)
         self.steps += 1
         self.tokens += rows
         return rows
+
+    def _on_gradients(self) -> None:
+        self.callbacks.call("on_gradients", self)
 
     def state_dict(self) -> State:
         """What the trainer needs to go on after this step, as JSON values and tensors."""
