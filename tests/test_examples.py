@@ -65,7 +65,7 @@ FEW: dict[str, Any] = {
     "eval": {"tokens": 256, "fidelity_tokens": 128},
     "log": {"console": False, "every_tokens": 256},
 }
-SMALL = {"d_sae": 64, "k": 4, "matryoshka_widths": [16, 64], "milestones": [512], "warm_up_tokens": 128}
+SMALL = {"d_sae": 128, "k": 4, "matryoshka_widths": [32, 128], "milestones": [512], "warm_up_tokens": 128}
 """Other values of these fields, wherever they are."""
 
 
