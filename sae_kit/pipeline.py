@@ -7,7 +7,7 @@ The names of theirs and ours side by side: docs/pipeline.md.
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 
@@ -27,8 +27,6 @@ from sae_kit.training.trainer import SAETrainer, TrainingResult
 
 SCORE = "ce_loss_score"
 """(L_ablated − L_reconstructed) / (L_ablated − L): the reconstruction score, of sums over all tokens."""
-
-STAGE_OVER = "the stage is over"
 
 
 class Pipeline:
@@ -62,8 +60,8 @@ class Pipeline:
         self._live: LiveInputs = live
         saes = build_saes(cfg, inputs) if found is None else restored_saes(cfg, found)
         self.store = inputs.open()
-        self._saving, self._pause = Saving(cfg.checkpoint, self.folder, self.store), _Pause()
-        observers = [*configured_callbacks(cfg, self.folder), *callbacks, self._saving, self._pause]
+        self._saving = Saving(cfg.checkpoint, self.folder, self.store)
+        observers = [*configured_callbacks(cfg, self.folder), *callbacks, self._saving]
         self.trainer = SAETrainer(cfg, saes, self.store, callbacks=observers, loss=live.loss(saes, self.store))
         if found is not None:
             go_on(self.trainer, self.store, found)
@@ -88,9 +86,7 @@ class Pipeline:
 
     def train_autoencoder(self, activations: int) -> TrainingResult:
         """Train every SAE on so many more; optimizers, schedules and resampling live through the whole pipeline."""
-        self._pause.until = self.trainer.tokens + activations
-        self.trainer.callbacks.stop_reason = None
-        return self.trainer.fit()
+        return self.trainer.fit(activations)
 
     def validate_sae(self, validation_n_activations: int) -> dict[str, float | None]:
         """The reconstruction score of each component on so many held-out tokens, and the `mean` of those that have one.
@@ -138,8 +134,9 @@ class Pipeline:
         """
         validated = checkpointed = self.trainer.tokens
         while self.activations_left:
-            activations = self.generate_activations(max_store_size)
-            if self.train_autoencoder(activations).stopped != STAGE_OVER:
+            wanted = self.trainer.tokens + self.generate_activations(max_store_size)
+            self.train_autoencoder(wanted - self.trainer.tokens)
+            if self.trainer.tokens < wanted:
                 break  # the text has ended, or a callback stopped it
             if validate_frequency is not None and self.trainer.tokens - validated >= validate_frequency:
                 self.validate_sae(validation_n_activations)
@@ -165,14 +162,3 @@ class Pipeline:
             callbacks.call("on_eval", self.trainer, row)
         finally:
             callbacks.close()
-
-
-class _Pause(Callback):
-    """Ends a stage of training after so many activations."""
-
-    essential: ClassVar[bool] = True
-    until = 0
-
-    def on_step_end(self, trainer: SAETrainer) -> None:
-        if trainer.tokens >= self.until:
-            trainer.callbacks.stop(STAGE_OVER)

@@ -108,16 +108,18 @@ class SAETrainer:
         several = len(self.in_training) > 1 and torch.get_num_threads() > 1
         self._side_by_side = several and device.type == "cpu" and cfg.train.compile is None and not own
 
-    def fit(self) -> TrainingResult:
+    def fit(self, tokens: int | None = None) -> TrainingResult:
         """Train until `train.tokens`, the end of the batches, or `callbacks.stop`, whichever comes first.
+
+        With `tokens` at most so many more: a stage, after which another call goes on.
 
         Raises:
             DataError: no batch came at all. ShapeError: rows of another width. NonFiniteError: training diverged.
         """
         with kernels(tf32=self.cfg.train.tf32, deterministic=self.cfg.deterministic):
-            return self._fit()
+            return self._fit(self.total_tokens if tokens is None else min(self.tokens + tokens, self.total_tokens))
 
-    def _fit(self) -> TrainingResult:
+    def _fit(self, end: int) -> TrainingResult:
         last: dict[str, float | int] = {}
         started = logged = time.perf_counter()  # filling the buffer is part of the work
         before = tokens_logged = self.tokens
@@ -125,10 +127,10 @@ class SAETrainer:
         try:
             self.callbacks.call("on_start", self)
             stream = self._with_statistics()
-            while self.tokens < self.total_tokens and self.callbacks.stop_reason is None:
+            while self.tokens < end and self.callbacks.stop_reason is None:
                 item = next(stream, None)
                 if item is None:
-                    log.warning("the data ended after %s of %s tokens", f"{self.tokens:,}", f"{self.total_tokens:,}")
+                    log.warning("the data ended after %s of %s tokens", f"{self.tokens:,}", f"{end:,}")
                     break
                 self.callbacks.call("on_step_start", self)
                 rows = self.step(item)
