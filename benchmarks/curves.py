@@ -23,7 +23,8 @@ those of `ground_truth.py`; a seed decides weights and rows, known directions ar
 import dataclasses
 import json
 import runpy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import combinations, product
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +34,8 @@ from ground_truth import RECIPES, GroundTruth, run_config
 from timing import parser, start
 from torch import Tensor
 
-from sae_kit import SAEConfig, SAETrainer
+from sae_kit import SAE, SAEConfig, SAETrainer
+from sae_kit.ops import Codes, SparseCodes
 from sae_kit.seeding import generator
 from sae_kit.training.callbacks import Callback
 
@@ -122,8 +124,23 @@ def curve(path: str, *, name: str, seed: int, steps: int, dtype: str, lr: float 
         order = torch.randperm(rows, generator=generator(0, "order"))
         batches = (batch[order] for batch in batches)
     losses = Losses()
-    SAETrainer(cfg, sae, batches, callbacks=[losses]).fit()
+    with as_expected(sae, SparseCodes if path == "sparse" else Tensor):
+        SAETrainer(cfg, sae, batches, callbacks=[losses]).fit()
     return torch.tensor(losses.values, dtype=torch.float64)
+
+
+@contextmanager
+def as_expected(sae: SAE, kind: type) -> Iterator[None]:
+    """Refuse codes of another form: a path that is not taken would agree with the other for sure."""
+    reconstruct = sae.reconstruct
+
+    def checked(codes: Codes) -> Tensor:
+        assert isinstance(codes, kind), f"expected codes of {kind.__name__}, found {type(codes).__name__}"
+        return reconstruct(codes)
+
+    sae.reconstruct = checked
+    yield
+    sae.reconstruct = reconstruct
 
 
 if __name__ == "__main__":
