@@ -18,7 +18,7 @@ from typing import Any
 
 from timing import parser, start
 
-from sae_kit import demo
+from sae_kit.data.models import ModelConfig, load_model
 from sae_kit.data.store import ActivationsStore
 from sae_kit.training.building import build_saes
 from sae_kit.training.config import RunConfig
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(entries: Mapping[str, Any], args: argparse.Namespace) -> dict[str, float]:
     """Medians over rounds in which everything has its turn."""
-    host = demo.load_model(), demo.load_tokenizer()
+    host = load_model(ModelConfig(name="demo"))
     together, alone = Run(entries, args, *host), [Run({name: entry}, args, *host) for name, entry in entries.items()]
     rounds: list[dict[str, float]] = []
     for _ in range(args.repeats):
