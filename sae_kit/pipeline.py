@@ -5,6 +5,7 @@ The names of theirs and ours side by side: docs/pipeline.md.
 """
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from sae_kit.atomic import write_text
 from sae_kit.errors import ConfigError
 from sae_kit.sae import SAE
 from sae_kit.training.building import build_saes, restored_saes
-from sae_kit.training.callbacks import Callback, configured_callbacks
+from sae_kit.training.callbacks import Callback, Metrics, configured_callbacks
 from sae_kit.training.config import EvalConfig, RunConfig
 from sae_kit.training.evaluating import Evaluate
 from sae_kit.training.folder import make_folder, run_folder
@@ -27,6 +28,10 @@ from sae_kit.training.trainer import SAETrainer, TrainingResult
 
 SCORE = "ce_loss_score"
 """(L_ablated − L_reconstructed) / (L_ablated − L): the reconstruction score, of sums over all tokens."""
+MEAN = "mean"
+"""What stands for all components, in the place of the name of one."""
+AVERAGED = ("losses", "metrics", "sparsity")
+"""Groups of training metrics of which means over the components are logged."""
 
 
 class Pipeline:
@@ -37,7 +42,7 @@ class Pipeline:
     names. A pipeline that was interrupted goes on from its newest checkpoint, as a run does.
 
     Raises:
-        ConfigError: no component, or no model and text to validate on.
+        ConfigError: no component, one that is called `mean`, or no model and text to validate on.
     """
 
     def __init__(
@@ -51,6 +56,8 @@ class Pipeline:
     ) -> None:
         if not cfg.saes:
             raise ConfigError("saes: there is no SAE to train; give one for each component")
+        if MEAN in cfg.saes:
+            raise ConfigError(f"saes: {MEAN!r} stands for all components: call the SAE something else")
         self.cfg, self.folder, self._documents = cfg, run_folder(cfg), documents
         found = checkpoint_to_resume(cfg, self.folder)
         make_folder(self.folder, resuming=found is not None)
@@ -61,16 +68,18 @@ class Pipeline:
         saes = build_saes(cfg, inputs) if found is None else restored_saes(cfg, found)
         self.store = inputs.open()
         self._saving = Saving(cfg.checkpoint, self.folder, self.store)
-        observers = [*configured_callbacks(cfg, self.folder), *callbacks, self._saving]
+        observers = [Means(), *configured_callbacks(cfg, self.folder), *callbacks, self._saving]
         self.trainer = SAETrainer(cfg, saes, self.store, callbacks=observers, loss=live.loss(saes, self.store))
         if found is not None:
             go_on(self.trainer, self.store, found)
+        self._text_ended = False
         write_text(self.folder / "run.yaml", trees.dump_yaml(cfg))
 
     @property
     def activations_left(self) -> int:
-        """How many there are to train on."""
-        return self.trainer.total_tokens - self.trainer.tokens
+        """How many there are to train on; none once the text has ended, or a callback stopped the training."""
+        is_over = self._text_ended or self.trainer.callbacks.stop_reason is not None
+        return 0 if is_over else self.trainer.total_tokens - self.trainer.tokens
 
     def generate_activations(self, store_size: int) -> int:
         """Fill the buffer, from which the next `store_size` activations are drawn; how many that is in whole batches.
@@ -86,7 +95,10 @@ class Pipeline:
 
     def train_autoencoder(self, activations: int) -> TrainingResult:
         """Train every SAE on so many more; optimizers, schedules and resampling live through the whole pipeline."""
-        return self.trainer.fit(activations)
+        wanted = min(self.trainer.tokens + activations, self.trainer.total_tokens)
+        result = self.trainer.fit(activations)
+        self._text_ended = self.trainer.tokens < wanted
+        return result
 
     def validate_sae(self, validation_n_activations: int) -> dict[str, float | None]:
         """The reconstruction score of each component on so many held-out tokens, and the `mean` of those that have one.
@@ -109,8 +121,8 @@ class Pipeline:
         }
         scores = {name: metrics.get(SCORE) for name, metrics in found.items()}
         known = [score for score in scores.values() if score is not None]
-        scores["mean"] = sum(known) / len(known) if known else None
-        self._tell(row | {f"mean/evals/model_performance_preservation/{SCORE}": scores["mean"]})
+        scores[MEAN] = sum(known) / len(known) if known else None
+        self._tell(row | {f"{MEAN}/evals/model_performance_preservation/{SCORE}": scores[MEAN]})
         return scores
 
     def save_checkpoint(self, *, is_final: bool = False) -> Path | None:
@@ -134,10 +146,7 @@ class Pipeline:
         """
         validated = checkpointed = self.trainer.tokens
         while self.activations_left:
-            wanted = self.trainer.tokens + self.generate_activations(max_store_size)
-            self.train_autoencoder(wanted - self.trainer.tokens)
-            if self.trainer.tokens < wanted:
-                break  # the text has ended, or a callback stopped it
+            self.train_autoencoder(self.generate_activations(max_store_size))
             if validate_frequency is not None and self.trainer.tokens - validated >= validate_frequency:
                 self.validate_sae(validation_n_activations)
                 validated = self.trainer.tokens
@@ -162,3 +171,17 @@ class Pipeline:
             callbacks.call("on_eval", self.trainer, row)
         finally:
             callbacks.close()
+
+
+class Means(Callback):
+    """Adds to each row of training metrics their means over the components that have them: `mean/metrics/l0`."""
+
+    def metrics(self, trainer: SAETrainer) -> Metrics:
+        values: dict[str, list[float]] = defaultdict(list)
+        for name in trainer.saes:
+            prefix = f"{name}/" if len(trainer.saes) > 1 else ""
+            for key, value in trainer.row.items():
+                metric = key.removeprefix(prefix)
+                if key.startswith(prefix) and metric.startswith(tuple(f"{group}/" for group in AVERAGED)):
+                    values[metric].append(value)
+        return {f"{MEAN}/{metric}": sum(of_all) / len(of_all) for metric, of_all in values.items()}

@@ -81,6 +81,8 @@ class SAETrainer:
             raise ConfigError("there is no SAE to train: pass one, or a mapping from names to SAEs")
         self.steps = 0
         self.tokens = 0
+        self.row: dict[str, float | int] = {}
+        """the row of metrics that is logged, or was last"""
         self.total_tokens = cfg.train.tokens // cfg.train.batch_tokens * cfg.train.batch_tokens
         self.callbacks = Callbacks([Console()] if callbacks is None and cfg.log.console else list(callbacks or ()))
         self.batches = batches
@@ -120,7 +122,7 @@ class SAETrainer:
             return self._fit(self.total_tokens if tokens is None else min(self.tokens + tokens, self.total_tokens))
 
     def _fit(self, end: int) -> TrainingResult:
-        last: dict[str, float | int] = {}
+        self.row = {}
         started = logged = time.perf_counter()  # filling the buffer is part of the work
         before = tokens_logged = self.tokens
         every = self.cfg.log.every_tokens
@@ -135,12 +137,13 @@ class SAETrainer:
                 self.callbacks.call("on_step_start", self)
                 rows = self.step(item)
                 if self.tokens >= self.total_tokens or self.tokens // every > (self.tokens - rows) // every:
-                    last = self._metrics()
+                    self.row = self._metrics()
                     now = time.perf_counter()
-                    last["perf/tokens_per_second"] = (self.tokens - tokens_logged) / (now - logged)
+                    self.row["perf/tokens_per_second"] = (self.tokens - tokens_logged) / (now - logged)
                     logged, tokens_logged = now, self.tokens
-                    last |= {name: value for name, value in self.callbacks.metrics(self).items() if value is not None}
-                    self.callbacks.call("on_log", self, last)
+                    added = self.callbacks.metrics(self)
+                    self.row |= {name: value for name, value in added.items() if value is not None}
+                    self.callbacks.call("on_log", self, self.row)
                     self._stop_diverged()
                 trained = time.perf_counter()
                 self.callbacks.call("on_step_end", self)
@@ -165,7 +168,7 @@ class SAETrainer:
             self.tokens,
             self.steps,
             (self.tokens - before) / seconds,
-            last,
+            self.row,
             {name: "failed" if part.failed else "trained" for name, part in self.in_training.items()},
             self.callbacks.stop_reason,
         )

@@ -438,6 +438,11 @@ def test_what_is_configured_reaches_wandb(tmp_path: Path, monkeypatch: pytest.Mo
     assert runs[1].settings["name"] == tmp_path.name, "without a name, that of the folder"
     assert runs[1].exit_code == 1
 
+    stages = trainer_of([wandb_of(tmp_path / "stages", mode="online", resume="never")], steps=2)
+    stages.fit(BATCH)
+    stages.fit()
+    assert [run.settings["resume"] for run in runs[2:]] == ["never", "allow"], "the first stage has made it"
+
 
 @pytest.mark.usefixtures("quiet")
 def test_a_wandb_that_is_not_there_costs_nothing(

@@ -14,7 +14,7 @@ from sae_kit.data.tokens import excluded_ids, held_out_rows
 from sae_kit.errors import ConfigError
 from sae_kit.evals import evaluate
 from sae_kit.pipeline import Pipeline
-from sae_kit.training.callbacks import Callback
+from sae_kit.training.callbacks import Callback, read_metrics
 from sae_kit.training.checkpoint import find_checkpoints
 from sae_kit.training.run import run
 
@@ -31,7 +31,7 @@ TREE: dict[str, Any] = {
     "model": "demo",
     "dataset": "demo",
     "name": "run",
-    "data": {"context_size": 64},
+    "data": {"context_size": 64, "tokenize_batch": 20},
     "buffer": {"tokens": 1024},
     "train": {"tokens": 12 * BATCH, "batch_tokens": BATCH},
     "optim": {"lr": 3e-3},
@@ -55,8 +55,13 @@ def test_stage_after_stage(tmp_path: Path) -> None:
     assert activations == 1024
     result = stages.train_autoencoder(activations)
     assert (result.tokens, result.stopped) == (1024, None)
-    assert result.metrics["layer_1/metrics/l0"] > 0
-    resampled = result.metrics["layer_2/details/resampled"]
+    logged = result.metrics
+    assert logged["layer_1/metrics/l0"] > 0
+    for metric in ("metrics/l0", "sparsity/dead_features", "losses/mse_loss"):
+        values = [logged[f"{name}/{metric}"] for name in COMPONENTS]
+        assert logged[f"mean/{metric}"] == pytest.approx(sum(values) / 2), metric
+    assert not [name for name in logged if name.startswith(("mean/details", "mean/data", "mean/optim"))]
+    resampled = logged["layer_2/details/resampled"]
 
     scores = stages.validate_sae(2048)
     assert set(scores) == {*COMPONENTS, "mean"}
@@ -67,6 +72,11 @@ def test_stage_after_stage(tmp_path: Path) -> None:
     assert last["mean/evals/model_performance_preservation/ce_loss_score"] == scores["mean"]
     assert last["layer_1/evals/model_performance_preservation/ce_loss_score"] == scores["layer_1"]
     assert last["tokens"] == 1024
+    (*_, joined) = read_metrics(stages.folder / "metrics.jsonl")
+    assert joined["mean/metrics/l0"] == logged["mean/metrics/l0"], (
+        "what was trained and what was validated, at one step"
+    )
+    assert joined["attempt"] == 1
 
     path = stages.save_checkpoint()
     assert path is not None
@@ -142,14 +152,37 @@ class StopAt(Callback):
 def test_the_loop_ends_where_a_callback_says_so(tmp_path: Path) -> None:
     stages = pipeline(tmp_path, callbacks=[StopAt()])
     stages.run_pipeline(512, validation_n_activations=512)
+    assert stages.activations_left == 0
     assert stages.trainer.tokens == 768
     assert rows_of(stages.folder)[-1]["tokens"] == 768
     assert (stages.folder / "saes" / "layer_1" / "cfg.json").exists()
 
 
+def test_a_loop_of_stages_ends_with_its_text(tmp_path: Path) -> None:
+    """Not where the tokens of the config are used up, which are more than there are."""
+    texts = [f"def f{i}():\n    return {i}\n" * 20 for i in range(60)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    rest = {key: value for key, value in TREE.items() if key != "dataset"}
+    data = {"context_size": 64, "sources": [{"path": str(tmp_path / "text.jsonl"), "epochs": 1}]}
+    train = {"tokens": 100 * BATCH, "batch_tokens": BATCH}
+    tree = {**rest, "data": data, "train": train, "out": str(tmp_path)}
+    stages = Pipeline(RunConfig.from_dict(tree))
+    sizes: list[int] = []
+    while stages.activations_left and len(sizes) < 100:
+        before = stages.trainer.tokens
+        stages.train_autoencoder(stages.generate_activations(1024))
+        sizes.append(stages.trainer.tokens - before)
+    assert set(sizes[:-1]) == {1024}
+    assert sizes[-1] < 1024
+    assert stages.activations_left == 0
+    stages.store.close()
+
+
 def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give one for each component"):
         pipeline(tmp_path, saes={})
+    with pytest.raises(ConfigError, match="'mean' stands for all components"):
+        pipeline(tmp_path, saes={"mean": COMPONENTS["layer_1"]})
     stages = pipeline(tmp_path)
     with pytest.raises(ConfigError, match=r"expected at least train.batch_tokens = 256, found 255"):
         stages.generate_activations(255)

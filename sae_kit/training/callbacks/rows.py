@@ -12,6 +12,7 @@ import json
 import math
 import os
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,21 +25,24 @@ if TYPE_CHECKING:
     from sae_kit.training.trainer import SAETrainer
 
 COUNTERS = ("step", "tokens", "time", "attempt")
-"""columns of every row: optimizer steps, activation rows, seconds of training, and how often the run was started"""
+"""columns of every row: optimizer steps, activation rows, seconds of training, and the process that trains, from 1"""
 
 
-class _Rows(Callback):
+class _Rows(Callback, ABC):
     """Writes each row at once, with its counters in front."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.attempt = 1
+        self._is_under_way = False  # between the stages of a pipeline nothing is begun anew
         self._seconds, self._start = 0.0, time.perf_counter()
 
     def on_start(self, trainer: SAETrainer) -> None:
         if self.path.exists():
             _cut_torn_line(self.path)
-            self.attempt = max(self.attempt, self._last_attempt() + 1)
+            if not self._is_under_way:
+                self.attempt = max(self.attempt, self._last_attempt() + 1)
+        self._is_under_way = True
 
     def on_log(self, trainer: SAETrainer, metrics: Metrics) -> None:
         self._add(trainer, metrics)
@@ -50,7 +54,7 @@ class _Rows(Callback):
         return {"attempt": self.attempt, "seconds": self._elapsed()}
 
     def load_state_dict(self, state: State) -> None:
-        self.attempt = state["attempt"] + 1
+        self.attempt, self._is_under_way = state["attempt"] + 1, False
         self._seconds, self._start = state["seconds"], time.perf_counter()
 
     def _elapsed(self) -> float:
@@ -61,11 +65,11 @@ class _Rows(Callback):
         counters = (trainer.steps, trainer.tokens, round(self._elapsed(), 3), self.attempt)
         self._write({**dict(zip(COUNTERS, counters, strict=True)), **finite})
 
-    def _last_attempt(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def _last_attempt(self) -> int: ...
 
-    def _write(self, row: dict[str, Any]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _write(self, row: dict[str, Any]) -> None: ...
 
 
 class JSONL(_Rows):

@@ -37,6 +37,7 @@ class Wandb(Callback):
         self._wandb: Any = wandb
         self._cfg, self._folder, self._name, self._with_histograms = cfg, folder, name, with_histograms
         self._id = cfg.id
+        self._resume = cfg.resume
         self._exit_code = 0
         self._run: Any = None
 
@@ -53,7 +54,7 @@ class Wandb(Callback):
             )
             self._wandb.teardown()  # its service has settled on being online
             self._run = self._init(trainer, "offline")
-        self._id = self._run.id
+        self._id, self._resume = self._run.id, "allow"  # the next stage of a pipeline finds it there
         self._run.define_metric("tokens")
         self._run.define_metric("*", step_metric="tokens")
 
@@ -65,7 +66,7 @@ class Wandb(Callback):
             group=self._cfg.group,
             tags=list(self._cfg.tags),
             id=self._id,
-            resume=self._cfg.resume if mode == "online" else None,  # there is nobody to ask
+            resume=self._resume if mode == "online" else None,  # there is nobody to ask
             mode=mode,
             dir=str(self._folder),
             config=trees.unstructure(trainer.cfg),
