@@ -117,17 +117,31 @@ def as_csv(comparison: Comparison) -> str:
 
 
 def show(comparison: Comparison, console: Any = None) -> None:
-    """Print the table, in short, to a console of rich; None = the terminal."""
+    """Print the table, in short, to a console of rich; None = the terminal.
+
+    Fields for which it is too narrow are named below.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     several = len({row["run"] for row in comparison.rows}) > 1
-    wanted = {"run": "run"} if several else {}
-    wanted |= {"sae": "SAE", "status": "status", **{path: path.removeprefix("sae.") for path in comparison.fields}}
-    wanted |= {name: label for name, label in SHOWN.items() if name in comparison.metrics}
+    facts = {"run": "run"} if several else {}
+    facts |= {"sae": "SAE", "status": "status"}
     if all(row["status"] == TRAINED for row in comparison.rows):
-        del wanted["status"]
+        del facts["status"]
+    fields = {path: path.removeprefix("sae.") for path in comparison.fields}
+    metrics = {name: label for name, label in SHOWN.items() if name in comparison.metrics}
+    console = console or Console()
+    room = console.width - 1 - sum(_width(comparison, name, label) for name, label in (facts | metrics).items())
+    left_out: list[str] = []
+    for path, label in list(fields.items()):
+        width = _width(comparison, path, label)
+        if width <= room:
+            room -= width
+        else:
+            left_out.append(fields.pop(path))
+    wanted = facts | fields | metrics
     table = Table()
     for name, label in wanted.items():
         is_number = all(isinstance(row[name], int | float | None) for row in comparison.rows)
@@ -135,7 +149,16 @@ def show(comparison: Comparison, console: Any = None) -> None:
     for row in comparison.rows:
         style = "red" if row["status"] == FAILED else None
         table.add_row(*(Text(_short(row[name])) for name in wanted), style=style)
-    (console or Console()).print(table)
+    console.print(table)
+    if left_out:
+        console.print(
+            Text(f"No room here for {', '.join(left_out)}: see results.csv of a run, or compare with --out FOLDER")
+        )
+
+
+def _width(comparison: Comparison, name: str, label: str) -> int:
+    """Of a column of the table, with its padding and one line."""
+    return max(len(label), *(len(_short(row[name])) for row in comparison.rows)) + 3
 
 
 # ---- plot ------------------------------------------------------------------------------------------------------------
@@ -235,7 +258,8 @@ def _comparison(runs: Sequence[tuple[str, Mapping[str, Mapping[str, Any]], Mappi
                      for key, value in keys.items()}  # fmt: skip
             numbers = {key: result.get(key) for key in ("tokens", "tokens_per_second", "dead_fraction")}
             facts = {"run": run, "sae": name, "status": result.get("status", TRAINED)}
-            found.append((facts, {**config, **dict(_leaves(result["config"]))}, numbers | evals))
+            own = dict(_leaves(result["config"]))
+            found.append((facts, {**own, **config, **own}, numbers | evals))  # those of the SAE come first
     fields = _differing([config for _, config, _ in found])
     metrics = tuple(dict.fromkeys(name for _, _, values in found for name in values))
     rows = (

@@ -98,6 +98,30 @@ def test_comparisons_are_written_and_shown(tmp_path: Path) -> None:
     assert "failed" in lines[4]
 
 
+def test_what_a_terminal_has_no_room_for_is_named(tmp_path: Path) -> None:
+    """Columns of three letters each say nothing."""
+    runs = [
+        a_run(
+            tmp_path / name, {"s": topk(k, 0.7)}, train={"batch_tokens": k, "tokens": 9 * k}, data={"context_size": k}
+        )
+        for name, k in (("one", 8), ("two", 16))
+    ]
+    comparison = compare(runs)
+    fields = ["sae.k", "train.batch_tokens", "train.tokens", "data.context_size"]
+    assert sorted(comparison.fields) == sorted(fields)
+    assert comparison.fields[0] == "sae.k", "what is of the SAE comes first"
+    for width, missing in ((160, 0), (80, 2), (60, 3)):
+        screen = Console(file=io.StringIO(), width=width)
+        show(comparison, screen)
+        shown = screen.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+        table, _, below = shown.partition("No room here for")
+        assert "…" not in table
+        assert max(map(len, table.splitlines())) <= width
+        assert sum(name in below.replace("\n", " ") for name in fields) == missing
+        assert " k " in table
+        assert all(label in table for label in ("run", "SAE", "L0", "EV", "CE score"))
+
+
 def test_brackets_in_names_are_shown_as_they_are(tmp_path: Path) -> None:
     run = a_run(tmp_path / "r", {"attn.hook_z[1]": topk(8, 0.7), "[red]": topk(9, 0.7)})
     screen = Console(file=io.StringIO(), width=120)
