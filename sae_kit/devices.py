@@ -41,7 +41,7 @@ def kernels(*, tf32: bool, deterministic: bool) -> Generator[None]:
     operations take kernels that give the same bits each time, and torch warns of those that have none; without it
     nothing changes.
     """
-    products = torch.backends.cuda.matmul.allow_tf32
+    precision, by_backend = _common_precision(), _precisions()
     strict = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled, workspace = FILLING.fill_uninitialized_memory, os.environ.get(WORKSPACE)
     try:
@@ -52,8 +52,25 @@ def kernels(*, tf32: bool, deterministic: bool) -> Generator[None]:
             FILLING.fill_uninitialized_memory = False  # it finds mistakes, and costs a write
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = products
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+        for backend, own in by_backend:
+            backend.fp32_precision = own
         torch.use_deterministic_algorithms(strict[0], warn_only=strict[1])
         FILLING.fill_uninitialized_memory = filled
         if workspace is None:
             os.environ.pop(WORKSPACE, None)
+
+
+def _common_precision() -> str | None:
+    """That of all float32 products; None where torch does not say, because one backend was given another."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
+def _precisions() -> list[tuple[Any, str]]:
+    """Backends whose products have a precision of their own in this torch, which may be another than the common one."""
+    backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    return [(backend, backend.fp32_precision) for backend in backends if hasattr(backend, "fp32_precision")]

@@ -44,6 +44,28 @@ def test_settings_are_entered_and_left(before: bool, error: Exception | None) ->
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9")
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("chosen", ["medium", "tf32", "ieee"])
+def test_precisions_are_left_however_they_were_chosen(chosen: str, tf32: bool) -> None:
+    """For all backends, or for one of them, after which torch refuses to say whether TF32 is allowed."""
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # pyright: ignore
+    common, before = torch.get_float32_matmul_precision(), [backend.fp32_precision for backend in backends]
+    try:
+        torch.set_float32_matmul_precision("medium" if chosen == "medium" else "highest")
+        backends[0].fp32_precision = "tf32" if chosen == "medium" else chosen
+        was = [backend.fp32_precision for backend in backends]
+        with kernels(tf32=tf32, deterministic=False):
+            assert backends[0].allow_tf32 == tf32
+        assert [backend.fp32_precision for backend in backends] == was
+        if chosen == "medium":
+            assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(common)
+        for backend, own in zip(backends, before, strict=True):
+            backend.fp32_precision = own
+
+
 class Seen(Callback):
     """What is set while steps are made."""
 
