@@ -102,7 +102,8 @@ def _train(arguments: Sequence[str]) -> int:
         if more:
             folders = train_sweep(tree)
             show(compare(folders))
-            return SOME_FAILED if any(r["status"] == FAILED for f in folders for r in read_results(f).values()) else 0
+            failed = any(found["status"] == FAILED for folder in folders for found in read_results(folder).values())
+            return SOME_FAILED if failed or len(folders) <= len(more) else 0
     else:
         folder = given.resume.absolute()
         cfg = configured("train", [str(folder / "run.yaml"), *rest])

@@ -199,11 +199,12 @@ def _read(sites: Sequence[BoundSite], index: Int[Tensor, " rows"]) -> Generator[
 
 
 def _unexplained(clean: Float[Tensor, "rows width"], value: Float[Tensor, "rows width"], site: str) -> Tensor:
-    """The share of the variance of `clean` that is not in `value`."""
+    """The share of the variance of `clean` that is not in `value`; of a lone row, which has none, the error."""
     if not value.requires_grad:
         raise ConfigError(f"end_to_end.sites: {site!r} does not come after the site that the SAE writes")
     clean, value = widen(clean), widen(value)
-    return (value - clean).square().sum() / (clean - clean.mean(0)).square().sum()
+    variance = (clean - clean.mean(0)).square().sum()
+    return (value - clean).square().sum() / torch.where(variance > 0, variance, 1.0)
 
 
 @contextmanager

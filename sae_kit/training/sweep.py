@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_kit import config as trees
-from sae_kit.errors import ConfigError, did_you_mean
+from sae_kit.errors import ConfigError, NonFiniteError, did_you_mean
 from sae_kit.training.config import SHORT_NAMES, RunConfig, SAEEntry, expand_short_names
 from sae_kit.training.results import RESULTS
 
@@ -92,10 +92,13 @@ def run_configs(tree: Mapping[str, Any]) -> list[RunConfig]:
 
 
 def train_sweep(tree: Mapping[str, Any], **objects: Any) -> list[Path]:
-    """Train the SAEs of all runs that a tree stands for, one run after the other; their folders.
+    """Train the SAEs of all runs that a tree stands for, one run after the other; the folders of those with results.
 
     A run that is finished is left as it is, so that a sweep that was interrupted goes on when it is started again.
-    `objects` are those of `run`.
+    One that diverges is reported, and the others follow. `objects` are those of `run`.
+
+    Raises:
+        NonFiniteError: all of them diverged.
     """
     from sae_kit.training.folder import run_folder
     from sae_kit.training.run import run
@@ -108,7 +111,13 @@ def train_sweep(tree: Mapping[str, Any], **objects: Any) -> list[Path]:
         if _is_finished(folder, cfg):
             log.info("%s is finished already", folder)
         else:
-            run(cfg, **objects)
+            try:
+                run(cfg, **objects)
+            except NonFiniteError as error:
+                if not folders and cfg is configs[-1]:
+                    raise
+                log.warning("%s has no results: %s", folder, error)
+                continue
         folders.append(folder)
     return folders
 

@@ -257,6 +257,20 @@ def test_a_transcoder_is_put_in_where_it_writes() -> None:
     assert nothing.item() < 1e-12 < term.item()
 
 
+def test_a_forward_of_which_one_row_is_left_counts_like_any_other() -> None:
+    """The last batch of a run is cut to its tokens; what is left of a forward may have no variance."""
+    model, sae = host("plain"), sae_at(k=4)
+    contexts = WholeContexts(Text(model, SITE), forwards=2, train_tokens=25)
+    rows = next(contexts)[SITE]
+    assert [len(part.kept) for part in contexts.current] == [24, 1]
+    batch = Batch(rows, rows)
+    terms = EndToEnd(model, contexts, [(sae, BOTH)])(sae, batch, training_pass(sae, batch, {}))
+    sum(terms.values(), torch.zeros(())).backward()
+    assert all(term.isfinite() for term in terms.values())
+    assert sae.W_dec.grad is not None
+    assert sae.W_dec.grad.isfinite().all()
+
+
 def test_a_batch_from_elsewhere_is_refused() -> None:
     model = host("plain")
     contexts = WholeContexts(Text(model, SITE))

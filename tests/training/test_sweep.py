@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from sae_kit import RunConfig, TopKSAEConfig
-from sae_kit.cli import configured, parse_train
-from sae_kit.errors import ConfigError, OutputExistsError, UnknownConfigKeyError
+from sae_kit.cli import SOME_FAILED, configured, main, parse_train
+from sae_kit.errors import ConfigError, NonFiniteError, OutputExistsError, UnknownConfigKeyError
 from sae_kit.training.callbacks import read_metrics
 from sae_kit.training.results import compare
 from sae_kit.training.sweep import LARGEST, expand_sweep, run_configs, train_sweep
@@ -162,8 +162,9 @@ def test_a_sweep_without_a_base_needs_exactly_one_sae() -> None:
 
 def test_sweeps_train_and_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Entries of one run share its pass; runs come one after the other, and what is finished is not begun again."""
-    fields = {"data": {"context_size": 64}, "buffer": {"tokens": 2048}, "eval": {"at_end": False, "every_tokens": None}}
-    fields |= {"log": {"console": False}, "out": str(tmp_path), "tokens": 1024, "name": "b{train.batch_tokens}"}
+    fields = {"data": {"context_size": 64, "tokenize_batch": 20}, "buffer": {"tokens": 1024}}
+    fields |= {"eval": {"at_end": False, "every_tokens": None}, "log": {"console": False}}
+    fields |= {"out": str(tmp_path), "tokens": 1024, "name": "b{train.batch_tokens}"}
     tree = {**sweep(grid={"sae.k": [2, 4], "train.batch_tokens": [256, 512]}), **fields}
     folders = train_sweep(tree)
     assert folders == [tmp_path / "b256", tmp_path / "b512"]
@@ -183,3 +184,20 @@ def test_sweeps_train_and_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert compare([tmp_path]).rows[2]["sae.k"] == 2
     with pytest.raises(OutputExistsError):
         train_sweep({**tree, "seed": 1})
+
+
+def test_a_run_that_diverges_does_not_keep_the_others_from_their_turn(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields = {"data": {"context_size": 64, "tokenize_batch": 20}, "buffer": {"tokens": 1024}, "out": str(tmp_path)}
+    fields |= {"eval": {"at_end": False, "every_tokens": None}, "log": {"console": False, "every_tokens": 256}}
+    fields |= {"name": "{run.optim.lr}", "schedule": {"warm_up_tokens": 0}}
+    tree = {**sweep(grid={"run.optim.lr": [1e30, 1e-3]}), **fields, "tokens": 2048}
+    tree["train"] = {"batch_tokens": 256, "nonfinite_limit": 2}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(tree))
+    with caplog.at_level(logging.WARNING, "sae_kit"):
+        assert main(["train", str(tmp_path / "sweep.yaml")]) == SOME_FAILED
+    assert "1e+30 has no results: SAE 'sae' diverged" in caplog.text
+    assert (tmp_path / "0.001" / "results.json").is_file()
+    with pytest.raises(NonFiniteError):
+        train_sweep({**tree, "sweep": {"base": BASE, "grid": {"run.optim.lr": [1e30]}}})
