@@ -44,7 +44,9 @@ def training_pass(sae: SAE, batch: Batch, values: Mapping[str, float], *, amp: b
     """
     x, scale, shift = sae.norm_in.normalize(batch.x.to(sae.dtype))
     y = x if batch.y is batch.x and sae.geometry.same_site else sae.norm_target(batch.y.to(sae.dtype))
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+    # Threads share one cache of rounded weights, so on a CPU it would depend on their order which bits are found.
+    cached = x.device.type != "cpu"
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp, cache_enabled=cached):
         encoding = sae.training_encoding(x, values)
         if encoding.extra is None:
             encoding = encoding._replace(extra=sae.extra_output(x))

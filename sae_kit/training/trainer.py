@@ -22,7 +22,7 @@ from sae_kit.training.callbacks import Callback, Callbacks, Console
 from sae_kit.training.config import RunConfig
 from sae_kit.training.optim import OptimizerFactory
 from sae_kit.training.part import OwnLoss, SAEInTraining
-from sae_kit.training.workers import Workers
+from sae_kit.training.workers import Workers, at_a_time
 
 log = logging.getLogger(__name__)
 
@@ -104,11 +104,11 @@ class SAETrainer:
             for name, sae in self.saes.items()
         }
         self._workers: Workers | None = None
-        # Only what is our own is known to bear it.
+        # Only what is our own is known to bear threads.
         listens = any(type(callback).on_gradients is not Callback.on_gradients for callback in self.callbacks)
-        own = listens or any(part.own_loss is not None for part in self.in_training.values())
-        several = len(self.in_training) > 1 and torch.get_num_threads() > 1
-        self._side_by_side = several and device.type == "cpu" and cfg.train.compile is None and not own
+        own = listens or loss is not None or any(factory is not None for factory in optimizers.values())
+        self.at_a_time = 1 if own or cfg.train.compile is not None else at_a_time(len(self.saes), device)
+        """SAEs whose steps are made side by side"""
 
     def fit(self, tokens: int | None = None) -> TrainingResult:
         """Train until `train.tokens`, the end of the batches, or `callbacks.stop`, whichever comes first.
@@ -188,11 +188,11 @@ class SAETrainer:
             rows = len(shared[key].x)
             if not part.failed:
                 steps.append(partial(part.step, shared[key], self.tokens, on_gradients=self._on_gradients))
-        if not self._side_by_side:
+        if self.at_a_time == 1:
             for step in steps:
                 step()
         else:
-            self._workers = self._workers or Workers(len(self.in_training))
+            self._workers = self._workers or Workers(self.at_a_time)
             self._workers.run(steps)
         self.steps += 1
         self.tokens += rows
