@@ -5,6 +5,7 @@ ways that only the code itself knows, so it is measured where something runs, an
 """
 
 import contextlib
+import heapq
 import itertools
 import os
 import sys
@@ -24,12 +25,13 @@ from sae_kit.sae import SAE
 from sae_kit.training.config import RunConfig
 from sae_kit.training.inputs import Inputs
 from sae_kit.training.optim import OptimConfig
+from sae_kit.training.workers import at_a_time
 from sae_kit.weights import slice_bytes
 
 
 @dataclass(frozen=True)
 class Part:
-    """Something that a run holds all the time."""
+    """Something that a run holds all the time, or again and again."""
 
     name: str
     device: torch.device
@@ -45,11 +47,12 @@ def lasting_parts(
     device = pick_device(cfg.train.device, "train.device")
     tensors = [tensor for sae in saes.values() for tensor in (*sae.parameters(), *sae.buffers())]
     is_there = all(tensor.device == device for tensor in tensors)
+    gradients = [size(sae.parameters()) for sae in saes.values()]
     parts = [] if model is None else [Part("model", *held, is_there=True) for held in _by_device(model)]
     return [
         *parts,
         Part("SAEs", device, size(tensors), is_there=is_there),
-        Part("gradients", device, size(p for sae in saes.values() for p in sae.parameters())),
+        Part("gradients", device, sum(heapq.nlargest(steps_at_a_time(cfg, saes, device), gradients))),
         Part("moments of the optimizer", device, sum(moments(cfg.optim_of(name), saes[name]) for name in saes)),
         Part("averages of the weights", device, sum(averages(cfg.optim_of(name), saes[name]) for name in saes)),
         *_of_stream(cfg, inputs, store, device),
@@ -72,11 +75,17 @@ def averages(cfg: OptimConfig, sae: SAE) -> int:
     return 0 if cfg.ema is None else sum(p.numel() * widen(p[:0]).itemsize for p in sae.parameters())
 
 
+def steps_at_a_time(cfg: RunConfig, saes: Mapping[str, SAE], device: torch.device) -> int:
+    """How many of the SAEs have gradients at the same time."""
+    return at_a_time(len(saes), device) if cfg.train.compile is None else 1
+
+
 def least_of_a_step(cfg: RunConfig, saes: Mapping[str, SAE], device: torch.device) -> int:
-    """Bytes of pre-activations that the largest of the SAEs holds at a time while its codes are sparse."""
+    """Bytes of pre-activations that the largest of the SAEs hold at a time while their codes are sparse."""
     limit = cfg.train.max_pre_bytes or slice_bytes(device) // cfg.train.accumulate
     rows = -(-cfg.train.batch_tokens // cfg.train.accumulate)
-    return max(min(limit, rows * sae.d_sae * sae.dtype.itemsize) for sae in saes.values())
+    least = [min(limit, rows * sae.d_sae * sae.dtype.itemsize) for sae in saes.values()]
+    return sum(heapq.nlargest(steps_at_a_time(cfg, saes, device), least))
 
 
 def _by_device(model: nn.Module) -> list[tuple[torch.device, int]]:
@@ -124,7 +133,10 @@ def available(device: torch.device) -> tuple[int, int] | None:
 
 
 def peak_of(work: Callable[[], object], device: torch.device) -> int:
-    """Most bytes that `work` holds on a device at a time, beyond those that were held before; 0 where nobody counts."""
+    """Most bytes that `work` holds on a device at a time, beyond those that were held before; 0 where nobody counts.
+
+    On a CPU those of this thread.
+    """
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

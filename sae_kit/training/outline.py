@@ -169,6 +169,7 @@ def _planned(cfg: RunConfig, name: str, sae: SAE) -> PlannedSAE:
 
 def _crossings(every: int, steps: int, batch: int) -> set[int]:
     """Steps, from 1 on, that reach a multiple of `every` rows."""
+    every = max(every, batch)  # each step reaches one of less
     return {-(-number * every // batch) for number in range(1, steps * batch // every + 1)}
 
 

@@ -64,10 +64,17 @@ def plan(
     store = inputs.open()
     planned = outline(cfg, folder, saes, inputs, store, live)
     store.close()
+    if found is not None:
+        note = f"goes on from {found.path}, with {found.tokens:,} tokens behind it; what is shown is of the whole run"
+        planned = dataclasses.replace(planned, notes=(*planned.notes, note))
     if any(shortage(planned, on) > 0 for on in planned.devices):
         return planned
-    with kernels(tf32=cfg.train.tf32, deterministic=cfg.deterministic):
-        meanwhile, timing = _Rehearsal(cfg, inputs, live, documents, device).of(planned)
+    try:
+        with kernels(tf32=cfg.train.tf32, deterministic=cfg.deterministic):
+            meanwhile, timing = _Rehearsal(cfg, inputs, live, documents, device).of(planned)
+    except torch.OutOfMemoryError as error:
+        note = f"memory does not suffice: a rehearsal ended with {str(error).split('. ')[0]!r}"
+        return dataclasses.replace(planned, notes=(*planned.notes, note))
     return dataclasses.replace(planned, meanwhile=meanwhile, timing=timing)
 
 
@@ -105,9 +112,9 @@ class _Rehearsal:
 
     def of(self, planned: Plan) -> tuple[tuple[Part, ...], Timing]:
         """Temporary memory and times of what is planned."""
-        step, step_bytes = self._measured(self._step, self._device)
+        step = self._seconds(self._step, self._device)
         gradients = sum(part.bytes for part in planned.lasting if part.name == "gradients")
-        meanwhile = [Part("a step", self._device, max(step_bytes - gradients, 0))]
+        meanwhile = [Part("a step", self._device, max(self._step_bytes() - gradients, 0))]
         harvest = None if self._live is None or self._cfg.cache.read or self._cfg.end_to_end else self._live.harvest()
         rows: list[int] = []
         read, read_bytes = self._measured(lambda: self._read(harvest, rows), self._model_device)
@@ -129,6 +136,9 @@ class _Rehearsal:
 
     def _measured(self, work: Callable[[], int], device: torch.device) -> tuple[float, int]:
         """Seconds for one of what `work` returns the number of, and the memory that it takes meanwhile."""
+        return self._seconds(work, device), peak_of(work, device)
+
+    def _seconds(self, work: Callable[[], int], device: torch.device) -> float:
         taken: list[tuple[float, int]] = []
         while len(taken) < 3 and sum(seconds for seconds, _ in taken) < ENOUGH_SECONDS:
             start = time.perf_counter()
@@ -137,11 +147,18 @@ class _Rehearsal:
                 torch.cuda.synchronize(device)
             taken.append((time.perf_counter() - start, number))
         taken = taken[1:] or taken  # the first time warms up
-        return sum(seconds for seconds, _ in taken) / max(sum(n for _, n in taken), 1), peak_of(work, device)
+        return sum(seconds for seconds, _ in taken) / max(sum(n for _, n in taken), 1)
 
     def _step(self) -> int:
         self._trainer.step(self._batch)
         return 1
+
+    def _step_bytes(self) -> int:
+        """Of as many of the largest of the SAEs as make their steps side by side."""
+        number, self._trainer.at_a_time = self._trainer.at_a_time, 1
+        most = peak_of(self._step, self._device)
+        self._trainer.at_a_time = number
+        return number * most
 
     def _read(self, harvest: Harvest | None, rows: list[int]) -> int:
         if harvest is None:
@@ -167,9 +184,7 @@ class _Rehearsal:
         whole, most = self._measured(lambda: work(cfg.metrics), self._model_device)
         if "fidelity" not in cfg.metrics or tokens <= cfg.fidelity_tokens:
             return tokens * whole, most
-        plain, _ = self._measured(
-            lambda: work([name for name in cfg.metrics if name != "fidelity"]), self._model_device
-        )
+        plain = self._seconds(lambda: work([name for name in cfg.metrics if name != "fidelity"]), self._model_device)
         return cfg.fidelity_tokens * whole + (tokens - cfg.fidelity_tokens) * plain, most
 
 

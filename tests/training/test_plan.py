@@ -16,6 +16,7 @@ from sae_kit.cli import main
 from sae_kit.data.mixing import Mixing
 from sae_kit.errors import ConfigError, DiskFullError, OutputExistsError
 from sae_kit.training import memory, outline
+from sae_kit.training import plan as planning
 from sae_kit.training.building import build_saes
 from sae_kit.training.callbacks import Callback, read_metrics
 from sae_kit.training.inputs import open_inputs
@@ -24,6 +25,12 @@ from sae_kit.training.run import cache_activations
 
 EVALUATED: dict[str, Any] = {"tokens": 256, "fidelity_tokens": 128, "at_end": True}
 TOPK = {"architecture": "topk", "d_sae": 64, "k": 4}
+
+
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each measurement is made once: how long things take on this machine is no matter here."""
+    monkeypatch.setattr(planning, "ENOUGH_SECONDS", 1e-9)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +118,42 @@ def test_a_rehearsal_measures_and_leaves_nothing(tmp_path: Path) -> None:
     assert min(found.timing.reading, found.timing.steps, found.timing.evaluating) > 0
     assert found.timing.total == pytest.approx(found.timing.reading + found.timing.steps + found.timing.evaluating)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_steps_side_by_side_take_memory_side_by_side(tmp_path: Path, threads: int) -> None:
+    """One after the other they take turns with it: gradients are gone when the next SAE has its step."""
+    before = torch.get_num_threads()
+    entry = {"hook": HOOK, "sae": {**TOPK, "d_sae": 1024}}
+    try:
+        torch.set_num_threads(threads)
+        one, three = (plan(config(tmp_path, saes={f"s{i}": entry for i in range(number)})) for number in (1, 3))
+    finally:
+        torch.set_num_threads(before)
+    step, steps = (found.meanwhile[0].bytes for found in (one, three))
+    assert step > 1024 * 128 * 4
+    assert 0.9 * threads * step < steps < 1.2 * threads * step
+    gradients = [part.bytes for found in (one, three) for part in found.lasting if part.name == "gradients"]
+    assert gradients[1] == threads * gradients[0]
+
+
+def test_what_goes_on_says_so(tmp_path: Path) -> None:
+    folder = go(tmp_path, checkpoint={"every_tokens": 4 * BATCH}).folder
+    (folder / "results.json").unlink()
+    assert [note for note in plan(config(tmp_path)).notes if "goes on from" in note] == [
+        f"goes on from {folder / 'checkpoints' / '000000000512'}, with 512 tokens behind it; what is shown is of the "
+        "whole run"
+    ]
+
+
+def test_a_rehearsal_that_runs_out_of_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(SAETrainer, "step", full)
+    found = plan(config(tmp_path))
+    assert found.timing is None
+    assert found.notes[-1] == "memory does not suffice: a rehearsal ended with 'CUDA out of memory'"
 
 
 def test_memory_is_the_most_at_a_time() -> None:
