@@ -18,6 +18,7 @@ from sae_kit import SAE
 from sae_kit import config as trees
 from sae_kit.data.buffer import BufferConfig
 from sae_kit.data.store import ActivationsStore, with_rows, without_rows
+from sae_kit.devices import kernels
 from sae_kit.errors import CorruptFileError, FormatTooNewError, SAEKitError
 from sae_kit.training import checkpoint as module
 from sae_kit.training.checkpoint import (
@@ -97,10 +98,11 @@ def test_going_on_elsewhere_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cfg = run_config()
-    write(tmp_path, 10, run={"config": trees.unstructure(cfg)})
+    with kernels(tf32=cfg.train.tf32, deterministic=cfg.deterministic):
+        write(tmp_path, 10, run={"config": trees.unstructure(cfg)})
+        now = environment()
     assert checkpoint_to_resume(cfg, tmp_path) is not None
     assert not caplog.records
-    now = environment()
     monkeypatch.setattr(module, "environment", lambda: now | {"torch": "9.9"})
     assert checkpoint_to_resume(cfg, tmp_path) is not None
     assert caplog.messages == [
