@@ -5,6 +5,7 @@ The names of theirs and ours side by side: docs/pipeline.md.
 """
 
 import dataclasses
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,9 +23,12 @@ from sae_kit.training.config import EvalConfig, RunConfig
 from sae_kit.training.evaluating import Evaluate
 from sae_kit.training.folder import make_folder, run_folder
 from sae_kit.training.inputs import LiveInputs, open_inputs
-from sae_kit.training.resume import checkpoint_to_resume, go_on
+from sae_kit.training.outline import check_run, outline
+from sae_kit.training.resume import checkpoint_to_resume, go_on, only_begun
 from sae_kit.training.saving import Saving
 from sae_kit.training.trainer import SAETrainer, TrainingResult
+
+log = logging.getLogger(__name__)
 
 SCORE = "ce_loss_score"
 """(L_ablated − L_reconstructed) / (L_ablated − L): the reconstruction score, of sums over all tokens."""
@@ -54,19 +58,24 @@ class Pipeline:
         documents: Iterable[str] | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        if not cfg.saes:
-            raise ConfigError("saes: there is no SAE to train; give one for each component")
+        check_run(cfg)
         if MEAN in cfg.saes:
             raise ConfigError(f"saes: {MEAN!r} stands for all components: call the SAE something else")
         self.cfg, self.folder, self._documents = cfg, run_folder(cfg), documents
         found = checkpoint_to_resume(cfg, self.folder)
-        make_folder(self.folder, resuming=found is not None)
+        make_folder(self.folder, resuming=found is not None or only_begun(cfg, self.folder))
         inputs, live = open_inputs(cfg, model, tokenizer, documents)
         if live is None:
             raise ConfigError("a pipeline validates in the model: name it and its text beside the cache")
         self._live: LiveInputs = live
         saes = build_saes(cfg, inputs) if found is None else restored_saes(cfg, found)
         self.store = inputs.open()
+        for sae in saes.values():
+            sae.cfg.metadata.extra.setdefault("sae_kit", {})["provenance"] = self.store.provenance
+        planned = outline(cfg, self.folder, saes, inputs, self.store, live)
+        log.info("%s", planned)
+        for note in planned.notes:
+            log.warning("%s", note)
         self._saving = Saving(cfg.checkpoint, self.folder, self.store)
         observers = [Means(), *configured_callbacks(cfg, self.folder), *callbacks, self._saving]
         self.trainer = SAETrainer(cfg, saes, self.store, callbacks=observers, loss=live.loss(saes, self.store))
@@ -161,7 +170,12 @@ class Pipeline:
 
     def saes_for_use(self) -> dict[str, SAE]:
         """The SAEs as they are now, scales and norms folded."""
-        return {name: part.for_use().to_inference() for name, part in self.trainer.in_training.items()}
+        found: dict[str, SAE] = {}
+        for name, part in self.trainer.in_training.items():
+            part.sae.cfg.metadata.extra["sae_kit"]["median_norms"] = self.store.medians
+            found[name] = part.for_use().to_inference()
+            found[name].cfg.metadata.num_dead_features = int(part.dead.mask().sum())
+        return found
 
     def _tell(self, row: dict[str, float | None]) -> None:
         """Hand a row to the sinks, which are closed between two stages of training."""

@@ -90,9 +90,10 @@ def test_stage_after_stage(tmp_path: Path) -> None:
     assert result.metrics["layer_2/details/resampled"] >= resampled
     assert stages.activations_left == stages.generate_activations(1024) == 0
     stages.save_checkpoint(is_final=True)
-    torch.testing.assert_close(
-        SAE.load_from_disk(stages.folder / "saes" / "layer_2").W_dec, stages.saes_for_use()["layer_2"].W_dec
-    )
+    saved = SAE.load_from_disk(stages.folder / "saes" / "layer_2")
+    torch.testing.assert_close(saved.W_dec, stages.saes_for_use()["layer_2"].W_dec)
+    assert saved.cfg.metadata.extra["sae_kit"]["provenance"] == stages.store.provenance
+    assert saved.cfg.metadata.extra["sae_kit"]["median_norms"] == stages.store.medians
     stages.store.close()
 
 
@@ -126,6 +127,7 @@ def test_the_loop_trains_as_a_run_does_and_goes_on_where_it_was_stopped(tmp_path
     plain = run(
         RunConfig.from_dict({**TREE, "out": str(tmp_path / "run"), "eval": {"at_end": False, "every_tokens": None}})
     )
+    pipeline(tmp_path / "parts").store.close()  # stopped before its first checkpoint, it begins anew
     part = pipeline(tmp_path / "parts")
     part.train_autoencoder(part.generate_activations(1280))
     part.save_checkpoint()
@@ -179,7 +181,7 @@ def test_a_loop_of_stages_ends_with_its_text(tmp_path: Path) -> None:
 
 
 def test_mistakes(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="give one for each component"):
+    with pytest.raises(ConfigError, match="there is no SAE to train"):
         pipeline(tmp_path, saes={})
     with pytest.raises(ConfigError, match="'mean' stands for all components"):
         pipeline(tmp_path, saes={"mean": COMPONENTS["layer_1"]})
