@@ -29,7 +29,7 @@ def largest(
     if numbers.device.type != "cpu":
         return numbers.topk(wanted, sorted=False).indices
     blocks, rest = len(numbers) // BLOCK, len(numbers) % BLOCK
-    if at_least is None and wanted > blocks:
+    if not wanted or (at_least is None and wanted > blocks):
         return numbers.topk(wanted, sorted=False).indices
     if at_least is None or wanted <= blocks:
         maxima = numbers[: len(numbers) - rest].view(blocks, BLOCK).amax(dim=1)

@@ -79,6 +79,9 @@ class SAETrainer:
         self.saes: dict[str, SAE] = {"sae": saes} if isinstance(saes, SAE) else dict(saes)
         if not self.saes:
             raise ConfigError("there is no SAE to train: pass one, or a mapping from names to SAEs")
+        for (one, sae), (other, same) in itertools.combinations(self.saes.items(), 2):
+            if sae is same:
+                raise ConfigError(f"{one!r} and {other!r} are one SAE: train it under one name, or pass a copy")
         self.steps = 0
         self.tokens = 0
         self.row: dict[str, float | int] = {}
@@ -113,7 +116,7 @@ class SAETrainer:
     def fit(self, tokens: int | None = None) -> TrainingResult:
         """Train until `train.tokens`, the end of the batches, or `callbacks.stop`, whichever comes first.
 
-        With `tokens` at most so many more: a stage, after which another call goes on.
+        With `tokens` the steps that reach so many more: a stage, after which another call goes on.
 
         Raises:
             DataError: no batch came at all. ShapeError: rows of another width. NonFiniteError: training diverged.

@@ -16,7 +16,7 @@ def numbers(n: int, seed: int = 0) -> Tensor:
     return torch.randn(n, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-@pytest.mark.parametrize("n", [1, BLOCK - 1, 50 * BLOCK, 50 * BLOCK + 7])
+@pytest.mark.parametrize("n", [0, 1, BLOCK - 1, 50 * BLOCK, 50 * BLOCK + 7])
 @pytest.mark.parametrize("wanted", [1, 20, 49, 50, 51, 2_000])
 def test_the_largest_are_found(n: int, wanted: int) -> None:
     x = numbers(n)

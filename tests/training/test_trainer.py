@@ -386,6 +386,9 @@ def test_bad_input_is_named() -> None:
         SAETrainer(run_config(), make_sae("topk"), [{"a": torch.zeros(4, 32)}], callbacks=[]).fit()
     with pytest.raises(ConfigError, match="there is no SAE to train"):
         SAETrainer(run_config(), {}, batches(), callbacks=[])
+    sae = make_sae("topk")
+    with pytest.raises(ConfigError, match="'b' and 'c' are one SAE: train it under one name, or pass a copy"):
+        SAETrainer(run_config(), {"a": make_sae("topk"), "b": sae, "c": sae}, batches(), callbacks=[])
     with pytest.raises(ConfigError, match=r"train\.device: expected auto or one of cpu.*, found 'tpu-9'"):
         SAETrainer(run_config(train={"device": "tpu-9"}), make_sae("topk"), batches())
 
