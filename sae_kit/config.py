@@ -18,7 +18,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast
 
@@ -114,8 +114,8 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, list(tree) if isinstance(tree, tuple) else tree
 
 
-def structure_fields(cls: type[T], data: object, where: str = "") -> T:
-    """`structure` for one dataclass, without asking its `from_dict`."""
+def structure_fields(cls: type[T], data: object, where: str = "", *, short: Iterable[str] = ()) -> T:
+    """`structure` for one dataclass, without asking its `from_dict`; `short` are names that stood for others in it."""
     if not isinstance(data, Mapping):
         raise ConfigError(f"{_at(where)}expected the fields of {cls.__name__}, found {data!r}")
     hints = typing.get_type_hints(cls)
@@ -124,7 +124,7 @@ def structure_fields(cls: type[T], data: object, where: str = "") -> T:
         if key not in fields:
             path = f"{where}.{key}" if where else str(key)
             raise UnknownConfigKeyError(
-                f"unknown key {path!r} in {cls.__name__}.{did_you_mean(str(key), fields)} "
+                f"unknown key {path!r} in {cls.__name__}.{did_you_mean(str(key), (*fields, *short))} "
                 f"Known keys: {', '.join(fields)}"
             )
     missing = [name for name, f in fields.items() if name not in data and _required(f)]

@@ -337,7 +337,7 @@ class RunConfig:
                     f"sweep: the fields that are swept make {1 + len(others)} runs, and one was expected: "
                     "sae_kit.training.sweep.train_sweep trains them one after the other"
                 )
-        return trees.structure_fields(cls, expand_short_names(data), where)
+        return trees.structure_fields(cls, expand_short_names(data), where, short=SHORT_NAMES)
 
 
 def _changed(section: T, own: Mapping[str, Any], where: str) -> T:

@@ -22,6 +22,7 @@ from typing import Any
 
 from sae_kit import config as trees
 from sae_kit.errors import ConfigError, NonFiniteError, did_you_mean
+from sae_kit.registry import list_architectures
 from sae_kit.training.config import SHORT_NAMES, RunConfig, SAEEntry, expand_short_names
 from sae_kit.training.results import RESULTS
 
@@ -182,7 +183,8 @@ def _check_field(path: FieldPath, where: str) -> None:
     if first == OF_THE_RUN and others:
         first, entry = others[0], set[str]()
     if first not in entry | run:
-        long = ".".join(SHORT_NAMES.get(first, ()))
+        of_saes = {field for found in list_architectures().values() for field in _fields(found.config)}
+        long = f"sae.{first}" if first in of_saes and entry else ".".join(SHORT_NAMES.get(first, ()))
         near = f" Did you mean {long!r}?" if long else did_you_mean(first, sorted(entry | run))
         raise ConfigError(
             f"{where}: unknown field {'.'.join(path)!r}.{near} "

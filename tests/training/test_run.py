@@ -14,7 +14,14 @@ import sae_kit
 from sae_kit import SAE, RunConfig, TopKSAEConfig
 from sae_kit import config as trees
 from sae_kit.demo import corpus, load_model, load_tokenizer
-from sae_kit.errors import ConfigError, DataError, HookNotFoundError, OutputExistsError, ShapeError
+from sae_kit.errors import (
+    ConfigError,
+    DataError,
+    HookNotFoundError,
+    OutputExistsError,
+    ShapeError,
+    UnknownConfigKeyError,
+)
 from sae_kit.training.folder import default_name
 from sae_kit.training.run import RunResult, run
 
@@ -248,6 +255,8 @@ def test_short_names_and_paths() -> None:
         RunConfig.from_dict({**long, "tokens": 3})
     assert default_name(short).startswith("m-topk-")
     assert default_name(short) != default_name(RunConfig.from_dict({**long, "seed": 1}))
+    with pytest.raises(UnknownConfigKeyError, match=r"unknown key 'tokns' in RunConfig. Did you mean 'tokens'\?"):
+        RunConfig.from_dict({"tokns": 9})
 
 
 @pytest.mark.parametrize(

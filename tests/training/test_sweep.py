@@ -120,6 +120,7 @@ def test_files_and_command_line_say_the_same(tmp_path: Path) -> None:
         ({"gird": {"lr": [1]}}, "unknown key 'sweep.gird' in SweepConfig. Did you mean 'grid'?"),
         ({}, "sweep: there is nothing to sweep"),
         ({"grid": {"lrr": [1.0]}}, "sweep.grid: unknown field 'lrr'. Did you mean 'lr'?"),
+        ({"grid": {"k": [1]}}, "sweep.grid: unknown field 'k'. Did you mean 'sae.k'?"),
         ({"grid": {"tokens": [9000]}}, "sweep.grid: unknown field 'tokens'. Did you mean 'train.tokens'?"),
         ({"grid": {"saes": [{}]}}, "sweep.grid: unknown field 'saes'."),
         ({"grid": {"run.sed": [1]}}, "sweep.grid: unknown field 'run.sed'. Did you mean 'seed'?"),
