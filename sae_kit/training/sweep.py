@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_kit import config as trees
-from sae_kit.errors import ConfigError, NonFiniteError, did_you_mean
+from sae_kit.errors import ConfigError, NonFiniteError, TrainingInterrupted, did_you_mean
 from sae_kit.registry import list_architectures
 from sae_kit.training.config import SHORT_NAMES, RunConfig, SAEEntry, expand_short_names
 from sae_kit.training.results import RESULTS
@@ -114,6 +114,11 @@ def train_sweep(tree: Mapping[str, Any], **objects: Any) -> list[Path]:
         else:
             try:
                 run(cfg, **objects)
+            except TrainingInterrupted:
+                left = len(configs) - configs.index(cfg) - 1
+                if left:
+                    log.warning("the same sweep once more goes on with this run, and with the %d that follow", left)
+                raise
             except NonFiniteError as error:
                 if not folders and cfg is configs[-1]:
                     raise

@@ -11,7 +11,7 @@ import yaml
 
 from sae_kit import RunConfig, TopKSAEConfig
 from sae_kit.cli import SOME_FAILED, configured, main, parse_train
-from sae_kit.errors import ConfigError, NonFiniteError, OutputExistsError, UnknownConfigKeyError
+from sae_kit.errors import ConfigError, NonFiniteError, OutputExistsError, TrainingInterrupted, UnknownConfigKeyError
 from sae_kit.training.callbacks import read_metrics
 from sae_kit.training.results import compare
 from sae_kit.training.sweep import LARGEST, expand_sweep, run_configs, train_sweep
@@ -202,3 +202,16 @@ def test_a_run_that_diverges_does_not_keep_the_others_from_their_turn(
     assert (tmp_path / "0.001" / "results.json").is_file()
     with pytest.raises(NonFiniteError):
         train_sweep({**tree, "sweep": {"base": BASE, "grid": {"run.optim.lr": [1e30]}}})
+
+
+def test_who_stops_a_sweep_is_told_how_all_of_it_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(cfg: RunConfig) -> None:
+        raise TrainingInterrupted(2, 1, 512, tmp_path / "checkpoint", tmp_path)
+
+    monkeypatch.setattr("sae_kit.training.run.run", stopped)
+    grid = {"train.batch_tokens": [256, 512, 1024]}
+    with caplog.at_level(logging.WARNING, "sae_kit"), pytest.raises(TrainingInterrupted):
+        train_sweep({**sweep(grid=grid), "out": str(tmp_path)})
+    assert "goes on with this run, and with the 2 that follow" in caplog.text
