@@ -4,15 +4,17 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
+from runs import LONG, go, same_end
 from torch import Tensor
 
 from sae_kit.data.batch import Batch
-from sae_kit.errors import ShapeError
+from sae_kit.errors import ShapeError, TrainingInterrupted
 from sae_kit.sae import SAE
 from sae_kit.training.callbacks import Callback
 from sae_kit.training.config import RunConfig
@@ -185,3 +187,23 @@ def test_an_interrupt_is_raised_when_all_have_ended() -> None:
         workers.run([interrupted])
     assert ended == [1]
     workers.close()
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_run_of_several_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """Stopped by a signal and gone on with, while threads make the steps and another one the rows."""
+    sections = {name: LONG[name] for name in ("buffer", "optim", "checkpoint")}
+    sections |= {"saes": {name: LONG["saes"][name] for name in ("jumprelu", "batchtopk", "resampled", "clt")}}
+    where = Where()
+    whole = go(tmp_path / "whole", where, **sections).folder
+    assert where.of
+    assert threading.current_thread().name not in where.of
+
+    class Stop(Callback):
+        def on_step_end(self, trainer: SAETrainer) -> None:
+            if trainer.steps == 3:
+                signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(TrainingInterrupted):
+        go(tmp_path / "parts", Stop(), **sections)
+    same_end(go(tmp_path / "parts", **sections).folder, whole)
