@@ -228,9 +228,9 @@ class SAEWeights(nn.Module):
     ) -> Iterator["Slice"]:
         """((x − a·b_dec) W_enc + bias) · factor, slice after slice of one block, without graph.
 
-        No slice is larger than `max_pre_bytes`: it has all latents of so many rows as fit, or, if these are few, a
-        `multiple` of latents of `ROWS_AT_LEAST`. All lie in the same memory: a slice is gone when the next one is asked
-        for.
+        No slice is larger than `max_pre_bytes`, nor are its weights: it has all latents of so many rows as fit, or, if
+        these are few, a `multiple` of latents of `ROWS_AT_LEAST`. All lie in the same memory: a slice is gone when the
+        next one is asked for.
         """
         geometry = self.geometry
         with torch.no_grad():
@@ -239,22 +239,21 @@ class SAEWeights(nn.Module):
         dtype = torch.get_autocast_dtype(x.device.type) if amp else x.dtype
         numbers = max((self.max_pre_bytes or slice_bytes(x.device)) // dtype.itemsize, multiple)
         rows = max(min(max(numbers // self.d_sae, ROWS_AT_LEAST), numbers // multiple, len(x)), 1)
-        width = min(numbers // rows // multiple * multiple, self.d_sae)
+        width = min(max(numbers // max(rows, geometry.d_read) // multiple, 1) * multiple, self.d_sae)
         memory = x.new_empty(rows * width, dtype=dtype)
         for layer in range(geometry.layers):
             read, W_enc = geometry.read(x.detach(), layer).to(dtype), geometry.encoder(self.W_enc.detach(), layer)
-            offset = geometry.latents(bias, layer)
-            if factor is not None:  # there are fewer weights than products
-                own = geometry.latents(factor, layer)
-                W_enc, offset = W_enc * own, offset * own
-            W_enc, offset = W_enc.to(dtype), offset.to(dtype)
-            for row in range(0, max(len(x), 1), rows):
-                part = read[row : row + rows]
-                for latent in range(0, self.d_sae, width):
-                    some = slice(latent, latent + width)
-                    found = memory[: len(part) * len(offset[some])].view(len(part), len(offset[some]))
-                    torch.addmm(offset[some], part, W_enc[:, some], out=found)
-                    yield Slice(found, row, layer * self.d_sae + latent, layer)
+            for first in range(0, self.d_sae, width):
+                weights, latent = W_enc[:, first : first + width], layer * self.d_sae + first
+                own = slice(latent, latent + weights.shape[1])
+                offset = bias[own]
+                if factor is not None:  # the same weights serve many rows
+                    weights, offset = weights * factor[own], offset * factor[own]
+                weights, offset = weights.to(dtype), offset.to(dtype)
+                for row in range(0, max(len(x), 1), rows):
+                    part = read[row : row + rows]
+                    found = memory[: len(part) * len(offset)].view(len(part), len(offset))
+                    yield Slice(torch.addmm(offset, part, weights, out=found), row, latent, layer)
 
     def with_gradient(self, x: Float[Tensor, "rows ..."], bias: Tensor, picked: SparseCodes) -> SparseCodes:
         """Pre-activations of chosen entries, `picked` from slices, in the graph of x, W_enc, bias and b_dec."""

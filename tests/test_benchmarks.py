@@ -150,7 +150,7 @@ def test_a_plot_is_refused_before_anything_is_measured(
 
 
 def test_sparse_and_dense_training_follow_the_same_curve(rows: Callable[..., list[dict[str, Any]]]) -> None:
-    arguments = ["--steps", "12", "--early", "10", "--seeds", "0", "1", "--dtype", "float64", "--lr", "1e-3"]
+    arguments = ["--steps", "6", "--early", "4", "--seeds", "0", "1", "--dtype", "float64", "--lr", "1e-3"]
     found = rows("curves.py", *arguments)
     assert {row["architecture"] for row in found} == TRAINABLE - {"abstopk", "matching_pursuit"}
     for row in found:

@@ -8,9 +8,8 @@ the decoder divides by n again, so n decides only the ranking and its gradient i
 import dataclasses
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Literal
 
 import torch
@@ -143,32 +142,30 @@ class RowSelectionSAE(SelectionSAE):
     def _picked(
         self, rows: Float[Tensor, "rows ..."], pre: Float[Tensor, "rows n_latents"] | None, k: int
     ) -> SparseCodes:
-        """z and indices of those who are kept."""
+        """z and indices of those who are kept: the best of each slice compete with each other."""
         size = self.d_sae // k if self.cfg.selection == "groupmax" else 1
-        blocks = [
-            [self._best(same_rows, k, size) for _, same_rows in groupby(block, key=lambda part: part.row)]
-            for _, block in groupby(self.parts(rows, pre, size), key=lambda part: part.layer)
-        ]
-        z, latents = (
-            torch.cat([torch.cat([found[which] for found in block]) for block in blocks], dim=1) for which in (0, 1)
-        )
-        return SparseCodes(z, latents, self.geometry.n_latents, (len(rows),))
-
-    def _best(self, parts: Iterable[Slice], k: int, size: int) -> tuple[Tensor, Tensor]:
-        """z and indices of the k best of some rows: the best of each slice compete with each other."""
-        found: list[tuple[Tensor, Tensor]] = []
-        for part in parts:
+        best: list[dict[int, list[tuple[Tensor, Tensor]]]] = [{} for _ in range(self.geometry.layers)]
+        for part in self.parts(rows, pre, size):
             strength = self.strength(part.values)
             if size > 1:
                 columns = largest_of_groups(strength, size)
             else:
                 columns = largest_of_rows(strength, min(k, strength.shape[1]))
-            found.append((part.values.gather(1, columns), columns + part.latent))
+            found = part.values.gather(1, columns), columns + part.latent
+            best[part.layer].setdefault(part.row, []).append(found)
+        blocks = [[self._best(found, k) for found in block.values()] for block in best]
+        z, latents = (
+            torch.cat([torch.cat([found[which] for found in block]) for block in blocks], dim=1) for which in (0, 1)
+        )
+        return SparseCodes(z, latents, self.geometry.n_latents, (len(rows),))
+
+    def _best(self, found: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+        """z and indices of the k best of what was found of some rows."""
         z, latents = (torch.cat(each, dim=1) for each in zip(*found, strict=True))
-        if z.shape[1] > k:
-            best = largest_of_rows(self.strength(z), k)
-            z, latents = z.gather(1, best), latents.gather(1, best)
-        return z, latents
+        if z.shape[1] == k:
+            return z, latents
+        columns = largest_of_rows(self.strength(z), k)
+        return z.gather(1, columns), latents.gather(1, columns)
 
 
 def largest_of_groups(numbers: Float[Tensor, "rows width"], size: int) -> Int[Tensor, "rows groups"]:

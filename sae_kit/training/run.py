@@ -182,6 +182,7 @@ def run(
         for name in final
     }
     write_results(folder, results)
+    saving.deliver()
     return RunResult(folder, final, evals, training)
 
 

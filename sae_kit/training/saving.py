@@ -89,6 +89,11 @@ class Saving(Callback):
             signal.signal(number, handler)
         self._handlers = {}
 
+    def deliver(self) -> None:
+        """Let a signal act that came after the last step: the run is complete, but who runs it was asked to stop."""
+        if self._signal is not None:
+            signal.raise_signal(self._signal)
+
     def save(self, trainer: "SAETrainer", *, milestone: bool = False, label: str = "") -> Path | None:
         if not label and self._score is not None and (self._best is None or self._score > self._best[0]):
             self._best = (self._score, trainer.tokens)

@@ -141,5 +141,5 @@ def test_anything_else_is_left_alone(former: Path, tmp_path: Path) -> None:
 
 def test_the_demo_is_an_ordinary_run() -> None:
     """The example file holds the same tree, so that `sae-kit train` can repeat the demo."""
-    path = Path(__file__).parents[2] / "examples" / "demo.yaml"
+    path = Path(__file__).parents[2] / "examples" / "configs" / "demo.yaml"
     assert RunConfig.from_dict(trees.load_tree(path)) == RunConfig.from_dict(CONFIG)

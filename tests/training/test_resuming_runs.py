@@ -151,6 +151,17 @@ def test_stopped_before_its_first_checkpoint_a_run_begins_anew(
         runs.go(tmp_path / "a")
 
 
+def test_a_signal_after_the_last_step_acts_when_the_run_is_complete(tmp_path: Path) -> None:
+    class AtTheEnd(Callback):
+        def on_end(self, trainer: Any) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.go(tmp_path / "stopped", AtTheEnd())
+    runs.same_end(tmp_path / "stopped" / "run", runs.go(tmp_path / "straight").folder)
+    assert (tmp_path / "stopped" / "run" / "results.json").exists()
+
+
 def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     class Twice(Callback):
         def on_step_start(self, trainer: Any) -> None:
