@@ -23,7 +23,7 @@ those of `ground_truth.py`; a seed decides weights and rows, known directions ar
 import dataclasses
 import json
 import runpy
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from itertools import combinations, product
 from pathlib import Path
@@ -130,7 +130,7 @@ def curve(path: str, *, name: str, seed: int, steps: int, dtype: str, lr: float 
 
 
 @contextmanager
-def as_expected(sae: SAE, kind: type) -> Iterator[None]:
+def as_expected(sae: SAE, kind: type) -> Generator[None]:
     """Refuse codes of another form: a path that is not taken would agree with the other for sure."""
     reconstruct = sae.reconstruct
 

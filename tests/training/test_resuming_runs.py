@@ -158,8 +158,9 @@ def test_a_signal_after_the_last_step_acts_when_the_run_is_complete(tmp_path: Pa
 
     with pytest.raises(KeyboardInterrupt):
         runs.go(tmp_path / "stopped", AtTheEnd())
-    runs.same_end(tmp_path / "stopped" / "run", runs.go(tmp_path / "straight").folder)
-    assert (tmp_path / "stopped" / "run" / "results.json").exists()
+    complete = runs.go(tmp_path / "straight").folder
+    assert read_metrics(tmp_path / "stopped" / "run" / "metrics.jsonl")[-1]["tokens"] == 8 * runs.BATCH
+    assert {path.name for path in (tmp_path / "stopped" / "run").iterdir()} == {p.name for p in complete.iterdir()}
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
