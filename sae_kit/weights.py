@@ -20,7 +20,7 @@ from sae_kit.sae_config import DTYPES, SAEConfig
 from sae_kit.seeding import generator
 
 LATENTS_PER_BLOCK = 1_024  # initial weights are drawn per block, so that they do not depend on how latents are sharded
-SLICE_BYTES = {"cpu": 2**24}  # pre-activations at a time that stay in its cache
+SLICE_BYTES = {"cpu": 2**23}  # pre-activations at a time that stay in its cache
 ROWS_AT_LEAST = 1_024  # of a slice: with fewer the encoder is read more often than its product can hide
 SPARSE_BELOW = {"cpu": 0.03}  # density from which dense products are faster; elsewhere 0.8%, bandwidth / matrix rate
 STATISTICS = tuple(f"norm_{side}.{name}" for side in ("in", "out") for name in ("scale", "mean", "matrix", "inverse"))
@@ -47,7 +47,7 @@ class SAEWeights(nn.Module):
     """kinds of geometry that the architecture makes sense with"""
 
     max_pre_bytes: int | None = None
-    """pre-activations held at a time where not all are wanted; None = 16 MiB on a CPU, else 1 GiB"""
+    """pre-activations held at a time where not all are wanted; None = 8 MiB on a CPU, else 1 GiB"""
     sparse_below: float | None = None
     """share of latents on below which training works on sparse codes; None = 3% on a CPU, else 0.8%"""
 

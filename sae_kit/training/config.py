@@ -101,7 +101,7 @@ sees that of a pass"""
     density_window_tokens: int = 1_000_000
     """window of the logged firing frequencies"""
     max_pre_bytes: int | None = None
-    """pre-activations held at a time while codes are sparse; None = 16 MiB on a CPU, else 1 GiB, over `accumulate`"""
+    """pre-activations held at a time while codes are sparse; None = 8 MiB on a CPU, else 1 GiB, over `accumulate`"""
     sparse_below: float | None = None
     """share of latents on below which standard, JumpReLU and gated SAEs train on sparse codes, with equal results; \
 None = 3% on a CPU, else 0.8%"""
