@@ -107,8 +107,9 @@ class SAE(SAEWeights, ABC):
     def reconstruction_loss(
         self, encoding: Encoding, y: Float[Tensor, "rows ..."], y_hat: Float[Tensor, "rows ..."]
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-        """E_b ‖ŷ − y‖², summed over all that is written, and parts of it to be logged."""
-        return squared_error(y_hat, y), {}
+        """What stands for E_b ‖ŷ − y‖² in the loss; and what is logged of it: `mse_loss`, that itself, and parts."""
+        error = squared_error(y_hat, y)
+        return error, {"mse_loss": error}
 
     def sparsity_losses(
         self, encoding: Encoding, y: Float[Tensor, "rows ..."], values: Mapping[str, float]

@@ -92,10 +92,10 @@ class MatryoshkaBatchTopKSAE(BatchSelectionSAE):
             widths, weights = self.cfg.widths, self.cfg.weights
         errors = [squared_error(prefix, y) for prefix in self.prefixes(encoding, widths)]
         total = torch.stack([weight * error for weight, error in zip(weights, errors, strict=True)]).sum()
-        if self.cfg.matryoshka_random_prefixes is not None:
-            return total, {}
-        inner = zip(widths[:-1], errors, strict=False)
-        return total, {f"inner_mse_loss_{width}": error for width, error in inner}
+        parts = {"mse_loss": errors[-1]}  # the last prefix is the whole
+        if self.cfg.matryoshka_random_prefixes is None:
+            parts |= {f"inner_mse_loss_{width}": error for width, error in zip(widths[:-1], errors, strict=False)}
+        return total, parts
 
     def prefixes(self, encoding: Encoding, widths: tuple[int, ...]) -> tuple[Float[Tensor, "rows ..."], ...]:
         """ŷ_g of rising widths, the last of them d_sae: each adds what its own latents write to the one before."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from sae_kit import ops
 from sae_kit.data.batch import Batch
 from sae_kit.ops import SparseCodes, widen
-from sae_kit.sae import SAE, AuxiliaryTask, Encoding, squared_error
+from sae_kit.sae import SAE, AuxiliaryTask, Encoding
 from sae_kit.training.dead import DeadLatents
 
 
@@ -87,8 +87,7 @@ def training_losses(
         unit = total_variance(run.y)
         unit = torch.where(unit > 0, unit, 1.0)  # rows that are all alike have none
         objective = objective / unit
-    terms = {"mse_loss": squared_error(run.y_hat, run.y), **parts}
-    terms = terms if unit is None else {name: term / unit for name, term in terms.items()}
+    terms = parts if unit is None else {name: term / unit for name, term in parts.items()}
     own = sae.sparsity_losses(run.encoding, run.y, values)
     if penalty_factor is not None:
         for name in penalty_names(sae):

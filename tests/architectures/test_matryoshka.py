@@ -130,7 +130,8 @@ def test_random_prefixes_are_a_mean_over_those_drawn() -> None:
     expected = torch.stack([prefix_error(sae, run, width) for width in widths]).mean()
     total, parts = sae.reconstruction_loss(run.encoding, run.y, run.y_hat)
     torch.testing.assert_close(total, expected, rtol=1e-10, atol=1e-10)
-    assert parts == {}
+    assert parts.keys() == {"mse_loss"}
+    torch.testing.assert_close(parts["mse_loss"], prefix_error(sae, run, D_SAE), rtol=1e-10, atol=1e-10)
 
 
 def test_a_seed_gives_its_prefixes() -> None:
