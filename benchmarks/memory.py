@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from cases import Case, names, normal_rows
 from timing import SIZES, parse_size, parser, start
-from torch.profiler import ProfilerActivity, profile
+
+from sae_kit.training.memory import peak_of
 
 CHUNKS, PASSES = 16, 4
 NO_LIMIT = 2**50
@@ -64,7 +65,7 @@ def beyond(case: Case) -> tuple[int, float]:
     case.step()  # makes the state of the optimizer
     case.step()
     gradients = sum(p.numel() * p.element_size() for p in case.part.sae.parameters())
-    return peak(case) - gradients, case.l0()
+    return peak_of(case.step, case.batch.x.device) - gradients, case.l0()
 
 
 def activations(case: Case) -> int:
@@ -73,26 +74,7 @@ def activations(case: Case) -> int:
     case.step()
     for parameter in case.part.sae.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    return peak(case)
-
-
-def peak(case: Case) -> int:
-    """Most bytes held at a time in a step, beyond those that were there before."""
-    if case.batch.x.is_cuda:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        case.step()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        case.step()
-    held = most = 0
-    assert profiler.profiler is not None
-    assert profiler.profiler.kineto_results is not None
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
-            most = max(most, held)
-    return most
+    return peak_of(case.step, case.batch.x.device)
 
 
 if __name__ == "__main__":

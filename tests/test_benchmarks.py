@@ -8,7 +8,6 @@ import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,8 +102,7 @@ def test_memory_is_counted_to_the_byte() -> None:
         del first
         torch.add(torch.zeros(500), torch.zeros(500))  # three of them at a time
 
-    case = SimpleNamespace(step=step, batch=SimpleNamespace(x=torch.zeros(1)))
-    assert script["peak"](case) == 1500 * 4
+    assert script["peak_of"](step, torch.device("cpu")) == 1500 * 4
 
 
 def test_memory_of_a_step_is_measured(rows: Callable[..., list[dict[str, Any]]]) -> None:
