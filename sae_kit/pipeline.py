@@ -5,7 +5,6 @@ The names of theirs and ours side by side: docs/pipeline.md.
 """
 
 import dataclasses
-import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,12 +22,10 @@ from sae_kit.training.config import EvalConfig, RunConfig
 from sae_kit.training.evaluating import Evaluate
 from sae_kit.training.folder import make_folder, run_folder
 from sae_kit.training.inputs import LiveInputs, open_inputs
-from sae_kit.training.outline import check_run, outline
+from sae_kit.training.outline import announce, check_run, outline
 from sae_kit.training.resume import checkpoint_to_resume, go_on, only_begun
 from sae_kit.training.saving import Saving
 from sae_kit.training.trainer import SAETrainer, TrainingResult
-
-log = logging.getLogger(__name__)
 
 SCORE = "ce_loss_score"
 """(L_ablated − L_reconstructed) / (L_ablated − L): the reconstruction score, of sums over all tokens."""
@@ -72,10 +69,7 @@ class Pipeline:
         self.store = inputs.open()
         for sae in saes.values():
             sae.cfg.metadata.extra.setdefault("sae_kit", {})["provenance"] = self.store.provenance
-        planned = outline(cfg, self.folder, saes, inputs, self.store, live)
-        log.info("%s", planned)
-        for note in planned.notes:
-            log.warning("%s", note)
+        announce(outline(cfg, self.folder, saes, inputs, self.store, live))
         self._saving = Saving(cfg.checkpoint, self.folder, self.store)
         observers = [Means(), *configured_callbacks(cfg, self.folder), *callbacks, self._saving]
         self.trainer = SAETrainer(cfg, saes, self.store, callbacks=observers, loss=live.loss(saes, self.store))

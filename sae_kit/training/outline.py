@@ -4,6 +4,7 @@ Every run makes its outline, and is refused, or warned of, what cannot go well.
 """
 
 import dataclasses
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from sae_kit.training.config import RunConfig
 from sae_kit.training.inputs import Inputs, LiveInputs
 from sae_kit.training.memory import Part, available, averages, lasting_parts, least_of_a_step, moments, size
 from sae_kit.training.part import dead_after
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,13 @@ def check_run(cfg: RunConfig) -> torch.device:
 
 
 # ---- counting --------------------------------------------------------------------------------------------------------
+
+
+def announce(planned: Plan) -> None:
+    """Log what is about to be done, and what may not go well."""
+    log.info("%s", planned)
+    for note in planned.notes:
+        log.warning("%s", note)
 
 
 def outline(

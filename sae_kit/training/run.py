@@ -7,7 +7,6 @@
 - `saes/NAME/`: the SAE, ready for use
 """
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,14 +28,12 @@ from sae_kit.training.evaluating import Evaluate, check_awaited
 from sae_kit.training.folder import make_folder, run_folder
 from sae_kit.training.inputs import LiveInputs, open_inputs
 from sae_kit.training.optim import OptimizerFactory
-from sae_kit.training.outline import check_run, outline
+from sae_kit.training.outline import announce, check_run, outline
 from sae_kit.training.part import OwnLoss
 from sae_kit.training.results import RESULTS, write_results
 from sae_kit.training.resume import checkpoint_to_resume, go_on, only_begun
 from sae_kit.training.saving import Saving
 from sae_kit.training.trainer import SAETrainer, TrainingResult
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -133,10 +130,7 @@ def run(
     saving = Saving(cfg.checkpoint, folder, store)
     evaluation = Evaluate(cfg, live, store, saving) if live is not None and live.hold_out() else None
     check_awaited(cfg, is_evaluated=evaluation is not None)
-    planned = outline(cfg, folder, saes, inputs, store, live)
-    log.info("%s", planned)
-    for note in planned.notes:
-        log.warning("%s", note)
+    announce(outline(cfg, folder, saes, inputs, store, live))
     watching = [] if evaluation is None else [evaluation]
     observers = [*configured_callbacks(cfg, folder), *callbacks, *watching, saving]  # what was evaluated is saved
     final: dict[str, SAE] = {}
